@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fl_runtime.client.calls import PatientCalls
 from fl_runtime.errors import FederationError
+from fl_runtime.transport.threads import start_thread
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -134,8 +135,7 @@ class LocalTraining:
         if not (tells or self._folder) or self._thread is not None:
             return
         self._steps = steps or _unknown
-        self._thread = threading.Thread(target=self._report, name="fl-steps", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._report, "fl-steps")
 
     def begin(self, round: int) -> None:
         """Begin to measure: the task of a round has arrived."""

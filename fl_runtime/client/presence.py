@@ -7,6 +7,7 @@ import threading
 
 from fl_runtime.client.calls import FIRST_PAUSE_S, LONGEST_PAUSE_S, PatientCalls
 from fl_runtime.errors import ConnectionLostError, FederationError, StoreError
+from fl_runtime.transport.threads import start_thread
 from fl_runtime.transport.watchdog import WatchedCall
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
@@ -20,8 +21,7 @@ class Presence:
         self._calls, self._message = calls, pb.SessionRequest(session=session).SerializeToString()
         self._closed = threading.Event()
         self._call: WatchedCall | None = None
-        self._thread = threading.Thread(target=self._hold, name="fl-presence", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._hold, "fl-presence")
 
     def _hold(self) -> None:
         """Open the call again after every break. The calls of the site's own thread decide when to give up."""

@@ -12,6 +12,7 @@ from typing import Any
 from fl_runtime.errors import FederationError, ProtocolError, StoreError
 from fl_runtime.text import parse_json
 from fl_runtime.transport.base import Call, Transport
+from fl_runtime.transport.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ class RootsWatch:
         self._closed = threading.Event()
         self._call: Call | None = None
         self._said = ""
-        self._thread = threading.Thread(target=self._watch, name="fl-roots", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._watch, "fl-roots")
 
     def close(self) -> None:
         """End the call that waits for new roots."""

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from fl_runtime.errors import ConnectionLostError, FederationError
 from fl_runtime.text import printable
 from fl_runtime.transport.base import Call, Transport
+from fl_runtime.transport.threads import start_thread
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -169,8 +170,7 @@ class Tunnel:
         self.bytes_up = self.bytes_down = 0
         self._outgoing.put(pb.TunnelPart(session=session))
         self._call: Call = transport.call("Tunnel", self._messages())
-        self._thread = threading.Thread(target=self._receive, name="fl-tunnel", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._receive, "fl-tunnel")
 
     def open(self, peer: str, name: str) -> Stream:
         """Open a stream to another site.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.transport.base import Call
+from fl_runtime.transport.threads import start_thread
 
 
 class WatchedCall:
@@ -86,7 +87,7 @@ class Watchdog:
         self._calls: set[WatchedCall] = set()
         self._changed = threading.Condition()
         self._closed = False
-        threading.Thread(target=self._watch, name="fl-silence", daemon=True).start()
+        start_thread(self._watch, "fl-silence")
 
     def begin(self, call: Call, *, watched: bool) -> WatchedCall:
         """Start to watch a call.

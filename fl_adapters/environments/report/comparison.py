@@ -12,6 +12,7 @@ from fl_adapters.environments.progress import counted, ordered_metrics, size_tex
 from fl_adapters.environments.report.charts import Line, line_chart, series_class, value_text
 from fl_adapters.environments.report.document import Content, document, table, tag
 from fl_adapters.environments.report.record import RunRecord, listed
+from fl_runtime.trainings import HISTORY
 from fl_runtime.transport.waiting import duration_text
 
 _OWN = ("name",)  # fields of a job that differ between any two runs, and say nothing
@@ -142,10 +143,13 @@ def comparison_sections(items: Sequence[Summary]) -> Iterator[Element]:
     else:
         content = tag("p", "All settings that are on record are the same.")
     yield tag("section", tag("h2", "Settings that differ"), content)
-    metrics = [metric for metric in metrics_of(items) if any(item.run.curve(metric) for item in items)][:_CHARTS_SHOWN]
+    metrics = [metric for metric in metrics_of(items) if any(item.run.curve(metric) for item in items)]
     if metrics:
-        charts = [curves_chart(groups, metric, "seed") for metric in metrics]
-        yield tag("section", tag("h2", "Metrics by round"), tag("div", charts, class_="charts"))
+        charts = [curves_chart(groups, metric, "seed") for metric in metrics[:_CHARTS_SHOWN]]
+        left = len(metrics) - len(charts)
+        more = tag("p", f"{counted(left, 'further metric')} can be found in {HISTORY} of each run.", class_="soft")
+        shown = tag("div", charts, class_="charts")
+        yield tag("section", tag("h2", "Metrics by round"), shown, more if left else None)
 
 
 def results_table(items: Sequence[Summary], groups: Sequence[Sequence[Summary]], label: str) -> Element:

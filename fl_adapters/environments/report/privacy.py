@@ -53,6 +53,7 @@ class PrivacyCosts:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], PrivacyCost] = {}
+        self._at_sites: list[Mapping[str, Any]] = []  # the job's filters with a guarantee that run at its sites
 
     @property
     def found(self) -> list[PrivacyCost]:
@@ -69,12 +70,21 @@ class PrivacyCosts:
 
     def started(self, filters: Sequence[Mapping[str, Any]]) -> None:
         """Take the filters of the job."""
+        self._at_sites = []
         for settings in filters:
             if settings.get("at") == "server_in" and settings.get("name") == "GaussianDP":
                 self._of("GaussianDP", SERVER).note = "not recorded by this version of the server"
+            elif settings.get("at", "site_out") == "site_out" and settings.get("name") in _COSTLY:
+                self._at_sites.append(settings)
 
     def update(self, round: int, site: str, metrics: Mapping[str, Any], filters: Sequence[Mapping[str, Any]]) -> None:
         """Take what an update tells: of its filters, and of DP-SGD as a metric."""
+        told = {settings.get("name") for settings in filters if not settings.get("site")}
+        for asked in self._at_sites:
+            if asked["name"] not in told:  # of a policy that keeps what ran, or of an earlier version
+                cost = self._of(asked["name"], site)
+                cost.delta = cost.delta or _positive(asked.get("delta"))
+                cost.note = cost.note if cost.epsilon else "the site does not tell it"
         for settings in filters:
             if settings.get("name") in _COSTLY or "spent" in settings:
                 name = printable(str(settings.get("name")), 100)
@@ -138,14 +148,19 @@ def privacy_parts(found: Sequence[PrivacyCost], sites: Sequence[str]) -> list[El
     made = [tag("p", _ACCOUNTANT, class_="soft"), table(columns, rows, numbers_from=len(columns) - 3)]
     if len(costs) > _OWNERS_LISTED:
         made.append(tag("p", f"{len(costs) - _OWNERS_LISTED} more are in events.jsonl.", class_="soft"))
-    drawn = [cost for cost in costs if len(cost.epsilon) > 1][:_OWNERS_DRAWN]
+    grown = [cost for cost in costs if len(cost.epsilon) > 1]
+    drawn = grown[:_OWNERS_DRAWN]
     lines = [
         Line(
             f"{cost.mechanism}, {cost.owner}", sorted((float(at), v) for at, v in cost.epsilon.items()), series_class(i)
         )
         for i, cost in enumerate(drawn)
     ]
-    return [*made, tag("div", line_chart("Epsilon spent", lines), class_="charts")] if lines else made
+    if lines:
+        made.append(tag("div", line_chart("Epsilon spent", lines), class_="charts"))
+    if len(grown) > len(drawn):
+        made.append(tag("p", f"The chart has the first {len(drawn)} of {len(grown)} curves.", class_="soft"))
+    return made
 
 
 def _spend(cost: PrivacyCost, round: int, spent: Any) -> bool:

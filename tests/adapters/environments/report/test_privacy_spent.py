@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.environments.report import write_report
-from fl_adapters.environments.report.privacy import SERVER, PrivacyCost, PrivacyCosts
+from fl_adapters.environments.report.privacy import SERVER, PrivacyCost, PrivacyCosts, privacy_parts
 from fl_adapters.environments.report.record import read_run
 from fl_adapters.loop import connect
 from fl_adapters.testing import LocalFederation, Place
@@ -87,3 +87,31 @@ def test_what_a_site_does_not_tell_is_not_known() -> None:
     for value in ("nan", "x", -1, None, [1]):
         hostile.update(1, "a", {"dp_sgd_epsilon": value}, [{"name": "GaussianDP", "spent": value, "delta": value}])
     assert all((cost.epsilon, cost.delta) == ({}, None) for cost in hostile.found)
+
+
+def test_noise_that_the_job_asks_of_sites_has_a_row_where_an_update_does_not_tell_it() -> None:
+    asked = {"name": "GaussianDP", "delta": DELTA}
+    silent = PrivacyCosts()
+    silent.started([asked, {"name": "TopK"}])
+    silent.update(1, "a", {}, [])
+    silent.update(1, "b", {}, [{"name": "TopK"}, {**asked, "spent": 1.5}])
+    silent.update(1, "c", {}, [{**asked, "spent": 2.5, "site": True}])  # by its own policy, not as the job asks
+    rows = [(c.mechanism, c.owner, c.epsilon, c.delta, c.note) for c in silent.found]
+    assert rows == [
+        ("GaussianDP", "a", {}, DELTA, "the site does not tell it"),
+        ("GaussianDP", "b", {1: 1.5}, DELTA, ""),
+        ("GaussianDP", "c", {}, DELTA, "the site does not tell it"),
+        ("GaussianDP (policy)", "c", {1: 2.5}, DELTA, "all jobs of the site count"),
+    ]
+    silent.update(2, "a", {}, [{**asked, "spent": 2.0}])
+    assert (silent.found[0].epsilon, silent.found[0].note) == ({2: 2.0}, "")
+
+
+def test_curves_that_the_chart_has_no_room_for_are_counted() -> None:
+    costs = PrivacyCosts()
+    for site in range(26):
+        for number in (1, 2):
+            costs.update(number, f"site-{site}", {}, [{"name": "GaussianDP", "spent": number, "delta": DELTA}])
+    texts = ["".join(part.itertext()) for part in privacy_parts(costs.found, [])]
+    assert texts[-1] == "The chart has the first 24 of 26 curves."
+    assert not any("curves" in "".join(part.itertext()) for part in privacy_parts(costs.found[:24], []))
