@@ -14,7 +14,7 @@ import numpy as np
 
 from fl_runtime.errors import ConfigError, RoundFailedError, UpdateRefusedError
 from fl_runtime.secure_sum.context import Context
-from fl_runtime.secure_sum.ring import Ring, count_beyond
+from fl_runtime.secure_sum.ring import Ring
 from fl_runtime.trainings import job_of
 from fl_runtime.types import Array, Arrays, Metrics, Report, Update, is_floating
 
@@ -26,6 +26,7 @@ _METRIC, _SCORE = "#metric:", "#score:"
 _BOUND = 2.0**17
 _MOST_WEIGHT = 2.0**24
 _METRIC_BOUND = 2.0**30
+_BLOCK = 2**14
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,20 @@ def _encoded(name: str, array: Array, weight: float, ring: Ring, where: str) -> 
             where=where,
             fix="keep_local= leaves it out",
         )
-    wide = np.asarray(array, np.float64)
-    if count_beyond(wide, _BOUND):
-        largest = float(np.abs(wide).max())
-        raise UpdateRefusedError(
-            f"{name} has the value {largest:g}; the secure sum takes values up to {_BOUND:.0f}",
-            where=where,
-            fix="look whether the training diverges; keep_local= leaves a tensor out that is meant to be so large",
-        )
-    return ring.encode(wide * weight)
+    encoded, flat = ring.zeros(array.shape), array.reshape(-1)
+    target = encoded.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):  # a block stays in the cache for all of its steps
+        wide = flat[start : start + _BLOCK].astype(np.float64)
+        largest = max(wide.max(), -wide.min())
+        if not largest <= _BOUND:  # True for NaN
+            raise UpdateRefusedError(
+                f"{name} has the value {largest:g}; the secure sum takes values up to {_BOUND:.0f}",
+                where=where,
+                fix="look whether the training diverges; keep_local= leaves a tensor out that is meant to be so large",
+            )
+        wide *= weight
+        target[start : start + _BLOCK] = ring.encode(wide)
+    return encoded
 
 
 def mean_of(totals: Arrays, like: Arrays, rings: Rings, sites: int) -> Mean:

@@ -52,8 +52,9 @@ def protocol_of(
                 where="optimizer_state",
                 fix='pass "keep" or "reset", or leave secure_sum out of the job',
             )
-        forgets = home.fresh and kit.simulated and not kit.credentials  # there, the server is this user's own
-        return _secure_sum(client, gate, header, job, SumRecord(home.folder, fresh=forgets))
+        own_server = kit.simulated and not kit.credentials  # this user's own: there is nothing to keep from it
+        record = SumRecord(home.folder, fresh=home.fresh and own_server, durable=not own_server)
+        return _secure_sum(client, gate, header, job, record)
     if strategy is None or not strategy.relayed:
         return None
     patience_s = min(kit.patience_s, SILENCE_S)

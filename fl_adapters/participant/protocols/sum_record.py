@@ -24,10 +24,12 @@ class SumRecord:
     Args:
         folder: The site's own folder in the run.
         fresh: Whether a record in the folder belongs to another run, and is ignored.
+        durable: Whether `write` waits for the disk. A file that is only written outlives the process, and not a power
+            failure.
     """
 
-    def __init__(self, folder: Path, *, fresh: bool) -> None:
-        self._path, self._fresh = folder / RECORD, fresh
+    def __init__(self, folder: Path, *, fresh: bool, durable: bool = True) -> None:
+        self._path, self._fresh, self._durable = folder / RECORD, fresh, durable
 
     def read(self) -> Mapping[str, Any] | None:
         """Return what an earlier process of the site has written, or None if it has signed nothing.
@@ -50,7 +52,7 @@ class SumRecord:
         return record
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Replace the record in one step, and wait until it is on disk.
+        """Replace the record in one step, and wait until it is on disk if it is to be durable.
 
         Args:
             record: JSON values.
@@ -62,8 +64,10 @@ class SumRecord:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(record), encoding="utf-8")
-            sync(partial)
+            if self._durable:
+                sync(partial)
             os.replace(partial, self._path)
         except OSError as error:
             raise disk_error(error, self._path) from error
-        sync(self._path.parent)
+        if self._durable:
+            sync(self._path.parent)
