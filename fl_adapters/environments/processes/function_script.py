@@ -17,7 +17,7 @@ import os
 import symtable
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from types import FunctionType, ModuleType
 from typing import Any
@@ -129,11 +129,11 @@ class _Script:
             )
 
     def _is_defined_here(self, value: Any) -> bool:
-        """Whether a function or class is to be found by its source: it is of a notebook, or within a function."""
+        """Whether the sites get a function or class by its source: no process of theirs could import it."""
         plain = inspect.unwrap(value) if callable(value) else value
         if not isinstance(plain, (FunctionType, type)) or plain.__module__ != self._module:
             return False
-        return self._module == "__main__" or "<locals>" in plain.__qualname__
+        return self._module == "__main__" or "<locals>" in plain.__qualname__ or not _is_found(self._module)
 
     def _define(self, name: str, value: Any) -> None:
         plain = inspect.unwrap(value)
@@ -265,7 +265,23 @@ def _import_line(name: str, value: Any) -> str:
 def _is_attribute(module: Any, attribute: str, value: Any) -> bool:
     """Whether a module that can be imported by its name has this value under a name."""
     found = sys.modules.get(module) if isinstance(module, str) and not module.startswith("__") else None
-    return getattr(found, "__spec__", None) is not None and vars(found).get(attribute) is value
+    if getattr(found, "__spec__", None) is None or vars(found).get(attribute) is not value:
+        return False
+    return _is_found(module)
+
+
+def _is_found(module: str) -> bool:
+    """Whether a new process with this `sys.path` can import a module; one loaded from a file may lie nowhere on it."""
+    path: Sequence[str] | None = None
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        name = ".".join(parts[:number])
+        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
 
 
 def _literal(value: Any) -> str | None:

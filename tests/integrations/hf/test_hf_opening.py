@@ -29,12 +29,20 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=inputs).logits
 
 
+def require_same(opened: nn.Module, trained: nn.Module) -> None:
+    """The same bits of weights. Logits may differ by rounding: some processors' kernels depend on the alignment."""
+    weights, expected = opened.state_dict(), trained.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    torch.testing.assert_close(logits(opened), logits(trained), rtol=0, atol=1e-6)
+
+
 def test_a_model_of_transformers_opens_by_itself_and_in_a_model_of_ones_own(federation) -> None:
     model, run = trained(federation, m.classifier())
-    assert torch.equal(logits(run.load()), logits(model))
+    require_same(run.load(), model)
     mine = m.classifier(seed=5)
     assert run.load(into=mine) is mine
-    assert torch.equal(logits(mine), logits(model))
+    require_same(mine, model)
     with pytest.raises(ConfigError, match="no best model"):
         run.load(which="best")
     # a folder that came from others may hold weights that would be unpickled
@@ -49,11 +57,11 @@ def test_an_adapter_opens_on_the_base_that_it_names_or_is_given(federation, tmp_
     m.classifier().save_pretrained(tmp_path / "base")
     base = type(m.classifier()).from_pretrained(tmp_path / "base")
     model, run = trained(federation, m.adapted(base))
-    assert torch.equal(logits(run.load()), logits(model))
+    require_same(run.load(), model)
     assert f"the base of the adapter is '{tmp_path / 'base'}'" in capfd.readouterr().err
-    assert torch.equal(logits(run.load(into=m.classifier())), logits(model))
+    require_same(run.load(into=m.classifier()), model)
     again = m.adapted(m.classifier(), seed=9)
-    assert torch.equal(logits(run.load(again)), logits(model))
+    require_same(run.load(again), model)
     with pytest.raises(StateMismatchError, match="does not fit"):
         run.load(m.adapted(m.classifier(), r=3))
     shutil.rmtree(tmp_path / "base")
@@ -72,4 +80,4 @@ def test_a_class_of_ones_own_is_asked_for(federation) -> None:
         run.load()
     opened = run.load(Mine)
     assert isinstance(opened, Mine)
-    assert torch.equal(logits(opened), logits(model))
+    require_same(opened, model)
