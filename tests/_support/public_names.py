@@ -12,7 +12,7 @@ PUBLIC = {
         __version__ connect open_run site sums
     """,
     "fl_adapters.hf": "FederatedCallback",
-    "fl_adapters.keras": "FederatedCallback",
+    "fl_adapters.keras": "FederatedCallback adapt",
     "fl_adapters.lightning": "FederatedCallback",
     "fl_adapters.torch": "FederatedLoop",
     "fl_adapters.monai": "FederatedHandler run_client_algo",

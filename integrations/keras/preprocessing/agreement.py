@@ -12,8 +12,8 @@ import numpy as np
 from fl_runtime.types import Array
 from fl_runtime.wire.names import Names, names_of
 
-from .names import named_layers
-from .trainer import compile_again, own_variables
+from ..names import named_layers
+from ..trainer import compile_again, own_variables
 
 _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
 _COMPARED = (
@@ -68,8 +68,7 @@ def facts(model: Any) -> dict[str, Names]:
         if not isinstance(layer, _COMPARED) or name.startswith(within):
             continue
         config = layer.get_config()
-        entries = [entry for key in sorted(config.keys() - _LISTED) for entry in _flat(config[key], key)]
-        settings += [f"{name}: {entry}" for entry in entries]
+        settings += [f"{name}: {entry}" for entry in settings_of(layer)]
         if isinstance(layer, keras.layers.Discretization):
             found[f"bins of {name}"] = names_of(
                 config["bin_boundaries"] or (), from_data=config["num_bins"] is not None
@@ -85,6 +84,12 @@ def facts(model: Any) -> dict[str, Names]:
     if settings:
         found["settings of preprocessing layers"] = names_of(settings)
     return found if len(found) <= _MOST_LISTS else _together(found)
+
+
+def settings_of(layer: Any) -> list[str]:
+    """Settings of a preprocessing layer that must be equal at all sites, such as "max_tokens=100"."""
+    config = layer.get_config()
+    return [entry for key in sorted(config.keys() - _LISTED) for entry in _flat(config[key], key)]
 
 
 def _together(lists: dict[str, Names]) -> dict[str, Names]:
