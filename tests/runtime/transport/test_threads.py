@@ -24,7 +24,7 @@ def test_an_error_that_ends_a_thread_is_logged(caplog: pytest.LogCaptureFixture)
 
 
 def test_an_error_in_the_thread_that_shows_a_site_as_present_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    presence = Presence(None, pb.Session(job="job", site="north"))  # type: ignore[arg-type]
+    presence = Presence(None, pb.Session(attempt=1))  # type: ignore[arg-type]
     until(lambda: caplog.records, "the line")
     presence.close()
     assert [line.getMessage() for line in caplog.records] == ["the thread fl-presence has ended with an error"]
