@@ -129,6 +129,53 @@ def test_a_model_of_xgboost_has_the_flavour_of_mlflow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mlflow.xgboost.load_model(str(packed)).predict(data), booster.predict(data))
 
 
+def test_a_model_of_transformers_is_a_pipeline_of_mlflow_and_no_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    import mlflow.transformers
+
+    from fl_adapters.environments.tracking.flavours import save_as_mlflow_model
+
+    words = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3}, unk_token="[UNK]")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=4, **sizes)).eval()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **named: pytest.fail(f"the hub is asked: {asked}"))
+    exported = Path("model")
+    model.save_pretrained(exported)
+    assert save_as_mlflow_model(exported, tmp_path / "weights alone") is None, "a pipeline needs a tokenizer"
+    tokenizer.save_pretrained(exported)
+    packed = save_as_mlflow_model(exported, tmp_path / "packed")
+    assert packed is not None
+    (found,) = mlflow.transformers.load_model(str(packed))("good")
+    share = model(**tokenizer("good", return_tensors="pt")).logits.softmax(1).max().item()
+    assert found["score"] == pytest.approx(share, rel=1e-5)
+    assert not [file for file in packed.rglob("*") if file.suffix in (".bin", ".pkl", ".pth")]
+    (exported / "adapter_config.json").write_text("{}")
+    assert save_as_mlflow_model(exported, tmp_path / "adapter") is None
+
+
+def test_a_model_of_keras_has_the_flavour_of_mlflow(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    import mlflow.keras
+
+    from fl_adapters.environments.tracking.flavours import save_as_mlflow_model
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    (tmp_path / "best").mkdir()
+    model.save(tmp_path / "best" / "model.keras")
+    packed = save_as_mlflow_model(tmp_path / "best", tmp_path / "packed")
+    assert packed is not None
+    rows = np.ones((4, 3), np.float32)
+    opened = mlflow.keras.load_model(str(packed))
+    np.testing.assert_allclose(opened.predict(rows, verbose=0), model.predict(rows, verbose=0), rtol=1e-6)
+
+
 def test_wandb_offline_has_what_the_history_has(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.proto import wandb_internal_pb2
 
