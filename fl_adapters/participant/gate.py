@@ -23,6 +23,7 @@ from fl_runtime.filters import check_repeatable
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation, participation
 from fl_runtime.filters.site import SiteFilters
+from fl_runtime.secure_sum.context import noise_sharers
 from fl_runtime.types import Arrays, Report, Settings, Task, Terms, Update
 from fl_runtime.version import VERSION
 from fl_runtime.wire.finite import check_finite
@@ -278,6 +279,7 @@ class Gate:
             budget=self._policy.budget,
             shared=Path(self._kit.run, "sites") if self._kit.simulated else None,
             participation=_participation(site, job),
+            sharing=noise_sharers(run_settings(job).sites_per_round) if job.get("secure_sum") else 0,
         )
 
 

@@ -313,6 +313,8 @@ def _check_gaussian(item: PlacedFilter, placed: Sequence[PlacedFilter], strategy
                 "leave sampling out, or use at: server_in",
             )
         return
+    if item.filter.distributed:
+        raise refuse("GaussianDP: distributed is noise of the sites, not at server_in", "leave one of both out")
     if sum(isinstance(other.filter, GaussianDP) and other.at == "server_in" for other in placed) > 1:
         raise refuse("GaussianDP is given twice at server_in", "leave one out")
     if placed[-1] is not item and any(other.at == "server_in" for other in placed[placed.index(item) + 1 :]):

@@ -47,6 +47,8 @@ class FilterHost:
         budget: Upper limit of the site for the privacy cost of all filters together; None for no limit.
         shared: Folder that all sites of a simulation share, and that the server does not read; None elsewhere.
         participation: Rounds in which something is expected to be released here; None if their number is not known.
+        sharing: Number of sites that together add the noise to a secure sum, to which updates leave as weights. 0 if
+            the server sees every update.
     """
 
     site: str = ""
@@ -56,6 +58,7 @@ class FilterHost:
     budget: BudgetLimit | None = None
     shared: Path | None = None
     participation: Participation | None = None
+    sharing: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class GaussianDP(FilterSettings):
     their numbers of examples. The guarantee holds against everyone who sees the models, but not against the server.
     The strategy must be `fedavg` without arguments, and this must be the last filter at `server_in`.
 
+    With `distributed`, in jobs with `secure_sum`, each site adds its share of that noise: a variance of
+    (noise_multiplier clip)^2 / k, where k is the least number of sites in a sum. So the sum of the updates has at least
+    the noise that the server would add at `server_in`, and nobody sees less. The guarantee holds against everyone,
+    as long as k of the sites in the sum are honest.
+
     The unit of privacy is a site's whole update of a round, not a single record. Integer tensors are replaced by those
     of the global model. The running statistics of normalization layers stay at the site: noise would make variances
     negative. Metrics and numbers of examples are not covered; see `NoisyMetrics` and `Examples`.
@@ -54,7 +59,10 @@ class GaussianDP(FilterSettings):
     `[dp]`.
 
     Sources: Dwork and Roth 2014, "The algorithmic foundations of differential privacy", appendix A; McMahan et al.
-    2018, "Learning differentially private recurrent language models" (clipping of whole updates, fixed denominator).
+    2018, "Learning differentially private recurrent language models" (clipping of whole updates, fixed denominator);
+    Kairouz, Liu, Steinke 2021, "The distributed discrete Gaussian mechanism for federated learning with secure
+    aggregation" (noise in shares). Their noise is discrete. Here each share is drawn in float64 and rounded afterwards,
+    to the tensor's dtype and to the whole numbers of the secure sum, whose steps must be far below the noise.
 
     Attributes:
         clip: Largest L2 norm of an update, in the unit of the weights, greater than 0.
@@ -70,6 +78,8 @@ class GaussianDP(FilterSettings):
             it against replacement by zeros, with a public number of sites (sensitivity clip).
         sampling: Probability with which an update counts, greater than 0 and at most 1; only at `server_in`, and below
             1 only with adjacency "zero". The server keeps its draws secret, so amplification by Poisson sampling holds.
+        distributed: Whether the noise is that of a secure sum, to which each site adds a share. Only at `site_out`, in
+            the job's filters, and with equal weights of the sites (`fedavg:weights=equal`).
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -82,6 +92,7 @@ class GaussianDP(FilterSettings):
     delta: float = 1e-5
     adjacency: Literal["replace", "zero"] = "replace"
     sampling: float = 1.0
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         check_number(self, "clip", self.clip, above=0)
@@ -98,6 +109,8 @@ class GaussianDP(FilterSettings):
             )
         if self.adjacency not in ("replace", "zero"):
             raise refuse(f"GaussianDP: adjacency is {self.adjacency!r}", 'give "replace" or "zero"')
+        if not isinstance(self.distributed, bool):
+            raise refuse(f"GaussianDP: distributed is {self.distributed!r}", "give true or false")
         if self.sampling < 1 and self.adjacency != "zero":
             raise refuse("GaussianDP: sampling below 1 needs adjacency zero", "use adjacency: zero")
 
@@ -148,7 +161,21 @@ class GaussianDP(FilterSettings):
         return Releases("GaussianDP", self.release(1.0), self.noise_multiplier, self.budget, host)
 
     def open(self, host: FilterHost) -> RunningFilter:
-        """Make the filter of one site."""
+        """Make the filter of one site.
+
+        Raises:
+            ConfigError: If its noise is distributed, and nobody would add the other shares.
+        """
+        if self.distributed and not host.sharing:
+            raise refuse(
+                "GaussianDP: distributed adds a share of the noise, and without secure_sum the server sees each update",
+                "set secure_sum in the job, or leave distributed out",
+            )
+        if self.distributed and host.from_policy:
+            raise refuse(
+                "GaussianDP: distributed is in this site's policy, and the other sites need not add their shares",
+                "ask for it in the job, or leave distributed out of the policy",
+            )
         return _LocalGaussian(self, host)
 
 
@@ -278,6 +305,7 @@ class _LocalGaussian:
 
     def __init__(self, settings: GaussianDP, host: FilterHost) -> None:
         self._settings, self._releases = settings, settings.releases(host)
+        self._share = 1 / math.sqrt(host.sharing) if settings.distributed else 1.0
         self.record: Settings = {}
 
     def afford(self, round: int) -> None:
@@ -288,12 +316,13 @@ class _LocalGaussian:
         clip = self._settings.clip
         factor = clipping(update, clip)
         multiplier = self._releases.spend(update.round)
+        noise = multiplier * clip * self._share
         for name, array in update.arrays.items():
             if is_real(array.dtype):
                 flat = array.reshape(-1)
                 for block in blocks(flat.size):
                     values = flat[block].astype(np.float64) * factor
-                    store_rounded(flat[block], values + gaussian(len(values)) * (multiplier * clip))
+                    store_rounded(flat[block], values + gaussian(len(values)) * noise)
             else:
                 array[...] = task.arrays[name]
         self.record = {

@@ -342,6 +342,8 @@ class SiteFilters:
         elif update.content == "delta":
             narrow = {n: a.astype(self._agreed.layout[n][0], copy=False) for n, a in update.arrays.items()}
             update = replace(update, arrays=narrow)
+            if self._host.sharing:  # a secure sum adds weights
+                update = self._weights(update)
         encoded_by_adapter = update.content == "encoded" and not last and not self._cipher
         if not ran or encoded_by_adapter:  # an adapter's own encoding (trees, LoRA factors) stays in `encoding`
             return update
@@ -408,6 +410,15 @@ class SiteFilters:
                 out[...] = array
             differences[name] = out
         return replace(update, arrays=differences, content="delta")
+
+    def _weights(self, update: Update) -> Update:
+        """Return an update of differences as weights; real tensors are computed in float64 at each access."""
+
+        def whole(name: str) -> Array:
+            array = update.arrays[name]
+            return np.add(self._base[name], array, dtype=np.float64) if is_floating(array.dtype) else array
+
+        return replace(update, arrays=LazyArrays(update.arrays, whole), content="weights")
 
     def _encrypted(self, update: Update) -> Update:
         assert self._cipher is not None

@@ -72,6 +72,18 @@ def needed_holders(threshold: float, holders: int) -> int:
     return math.floor(threshold * holders + 1e-9) + 1  # 0.6 * 55 is 32.999... in float64
 
 
+def noise_sharers(sites: int) -> int:
+    """Return among how many sites the noise of a secure sum is divided.
+
+    Args:
+        sites: Number of sites that are asked for a round.
+
+    Returns:
+        How many of them the default threshold takes. A sum over fewer has too little noise.
+    """
+    return needed_holders(DEFAULT_THRESHOLD, sites)
+
+
 class Signer(Protocol):
     """Signs with the private key of a site's certificate.
 

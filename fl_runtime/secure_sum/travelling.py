@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterable
 
 from fl_runtime.errors import ProtocolError
+from fl_runtime.types import Settings
 
 MASKED = "SecureSum"
 """Name under which a masked update says that it is one, in the place of a filter."""
@@ -39,6 +41,14 @@ def as_message(text: str, what: str) -> bytes:
         raise ProtocolError(f"{what} cannot be read: it is not base64") from None
 
 
-def masked_encoding(stage: str) -> str:
-    """Return the encoding of an update that is masked for this stage, in the form of a list of filters."""
-    return json.dumps([{"name": MASKED, "stage": stage}])
+def masked_encoding(stage: str, told: Iterable[Settings] = ()) -> str:
+    """Return the encoding of an update that is masked for this stage, in the form of a list of filters.
+
+    Args:
+        stage: The stage.
+        told: What the server may know of the filters that ran before.
+
+    Returns:
+        A JSON text.
+    """
+    return json.dumps([*(dict(item) for item in told), {"name": MASKED, "stage": stage}])

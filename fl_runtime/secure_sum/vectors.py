@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fl_runtime.errors import ConfigError, RoundFailedError, UpdateRefusedError
-from fl_runtime.secure_sum.context import Context
 from fl_runtime.secure_sum.ring import Ring
-from fl_runtime.trainings import job_of
 from fl_runtime.types import Array, Arrays, Metrics, Report, Update, is_floating
 
 NUMBERS = "#"
@@ -198,15 +196,3 @@ def in_all(names: Iterable[Mapping[str, object]]) -> list[str]:
     """Return the names that all of these have, in the order of the first."""
     first, *others = [list(item) for item in names]
     return [name for name in first if all(name in other for other in others)]
-
-
-def context_of(job: str) -> Context:
-    """Return the run that masks belong to.
-
-    Args:
-        job: Name of the training, such as "diagnosis" or "diagnosis/2".
-
-    Returns:
-        Its context: one training is one run.
-    """
-    return Context(job_of(job), job, "")

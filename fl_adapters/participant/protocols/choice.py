@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import UpdateHeader
@@ -11,6 +13,7 @@ from fl_adapters.participant.protocols.base import RoundProtocol
 from fl_adapters.participant.protocols.sum_record import SumRecord
 from fl_adapters.participant.protocols.swarm import Seal, SwarmSite
 from fl_runtime.client import SiteClient
+from fl_runtime.client.job_settings import run_settings
 from fl_runtime.errors import ConfigError
 from fl_runtime.transport.waiting import SILENCE_S
 from fl_runtime.types import Settings
@@ -66,17 +69,22 @@ def _secure_sum(
 ) -> RoundProtocol:
     from fl_adapters.participant.protocols.secure_sum import SecureSumSite
     from fl_runtime.secure_sum import SiteSums
-    from fl_runtime.secure_sum.vectors import context_of
+    from fl_runtime.secure_sum.context import noise_sharers
+    from fl_runtime.secure_sum.requirements import context_of, distributed_noise
 
+    rules, asked = gate.cohort.sum_rules, run_settings(job).sites_per_round
+    divided = bool(distributed_noise(job.get("filters", ())))
+    if divided:  # a sum over fewer sites would have too little noise
+        rules = replace(rules, min_cohort=max(rules.min_cohort, noise_sharers(asked)))
     signatures = gate.cohort.signatures()
     sums = SiteSums(
         header.site,
-        context_of(header.job),
-        gate.cohort.sum_rules,
+        context_of(header.job, job.get("filters", ())),
+        rules,
         signatures,
         signatures,
         record.read(),
         record.write,
         attempt=header.attempt,
     )
-    return SecureSumSite(client, gate, header, sums, len(job["sites"]))
+    return SecureSumSite(client, gate, header, sums, len(job["sites"]), equal_only=divided)

@@ -17,10 +17,14 @@ from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
+from fl_runtime.filters.server import applied_filters
 from fl_runtime.secure_sum import SiteSums
 from fl_runtime.secure_sum.travelling import ANSWER, as_message, as_text, masked_encoding
 from fl_runtime.secure_sum.vectors import Rings, vectors_of
 from fl_runtime.types import Arrays, Report, Settings, Task, Update
+
+_TELLS_BUDGET = "GaussianDP"
+"""The filter whose record goes to the server: what it has spent does not depend on the site's data."""
 
 _MOST_BYTES = 2**22
 _LARGEST_FACTOR = 1e6
@@ -29,7 +33,9 @@ _LARGEST_FACTOR = 1e6
 class SecureSumSite:
     """A site's part in the rounds of a job with `secure_sum`. A `RoundProtocol`."""
 
-    def __init__(self, client: SiteClient, gate: Gate, header: UpdateHeader, sums: SiteSums, sites: int) -> None:
+    def __init__(
+        self, client: SiteClient, gate: Gate, header: UpdateHeader, sums: SiteSums, sites: int, *, equal_only: bool
+    ) -> None:
         """Make the site's part; the keys of this run are those of `sums`.
 
         Args:
@@ -38,9 +44,10 @@ class SecureSumSite:
             header: What all updates of this process have in common.
             sums: The site's side of the protocol.
             sites: Number of sites of the job.
+            equal_only: Whether all sites must count the same, since they divide the noise of the sum equally.
         """
         self._client, self._gate, self._header, self._sums = client, gate, header, sums
-        self._rings = Rings.for_sites(sites)
+        self._rings, self._equal_only = Rings.for_sites(sites), equal_only
         self._task: Task | None = None  # the last task of training
         self._kept: Update | None = None  # this round's update, for masks that begin again
         self._report: Report | None = None
@@ -64,7 +71,7 @@ class SecureSumSite:
         Raises:
             UpdateRefusedError: The update has something that cannot be summed, or too large a value.
         """
-        if update.content != "weights" or update.encoding or update.extras:
+        if update.content != "weights" or update.extras:
             what = "tensors beside the weights" if update.extras else "encoded updates"
             raise UpdateRefusedError(
                 f"a secure sum adds plain weights, and this site would send {what}",
@@ -129,6 +136,12 @@ class SecureSumSite:
         factor, stage = float(settings.get("factor", 1.0)), str(settings.get("stage", ""))
         if not 0 < factor <= _LARGEST_FACTOR:
             raise ProtocolError(f"the server gives this site the weight {factor:g} in a secure sum")
+        if self._equal_only and (factor != 1 or settings.get("equal") is not True):
+            raise ProtocolError(
+                "the server weights the sites in a secure sum whose noise is divided equally among them",
+                where=f"round {task.round}",
+                fix="use strategy: fedavg:weights=equal, without site_weights",
+            )
         report = self._report if self._report is not None and self._report.version == task.version else None
         equal = settings.get("equal") is True
         vectors = vectors_of(update, factor, self._rings, equal=equal, report=report)
@@ -137,7 +150,8 @@ class SecureSumSite:
         with self._gate.leaving_on_refusal("secure sum", task.round):
             self._sums.mask(task.round, stage, received, tensors, self._rings.tensors)
             self._sums.mask(task.round, stage, received, numbers, self._rings.numbers)
-        return self._sent(task, {**tensors, **numbers}, masked_encoding(stage), task.stage)
+        told = [item for item in applied_filters(update.encoding) if item.get("name") == _TELLS_BUDGET]
+        return self._sent(task, {**tensors, **numbers}, masked_encoding(stage, told), task.stage)
 
     def _step_of(self, task: Task, message: bytes) -> Update:
         return self._sent(task, {}, ANSWER + as_text(message), task.stage)

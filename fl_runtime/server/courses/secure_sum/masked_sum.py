@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from fl_runtime.errors import RoundFailedError
-from fl_runtime.secure_sum.vectors import Mean, Rings, context_of, in_all, mean_of, metric_of
+from fl_runtime.secure_sum.requirements import context_of
+from fl_runtime.secure_sum.vectors import Mean, Rings, in_all, mean_of, metric_of
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.secure_sum.steps import Steps
 from fl_runtime.server.courses.sums.failures import SumFailedError
@@ -45,7 +46,7 @@ class MaskedSum:
             told: Names of the metrics of which the run has been warned that they cannot be summed; added to.
         """
         self.current = current
-        self.steps = Steps(state, membership, current, context_of(state.settings.name))
+        self.steps = Steps(state, membership, current, context_of(state.settings.name, state.settings.filters))
         self.base: Model | None = state.models.newest
         self._state, self._membership, self._scoring, self._told = state, membership, scoring, told
         self._rings = Rings.for_sites(len(state.settings.sites))
