@@ -22,7 +22,7 @@ SITES, ROUNDS = 3, 4
 def kit_of(server: ServerProcess, folder: Path, index: int) -> Kit:
     name = f"site-{index + 1}"
     return Kit(job="test", site=name, index=index, count=SITES, server=server.address, token=f"secret of {name}",
-               run=str(folder), simulated=True)  # fmt: skip
+               run=str(folder), simulated=True, patience_s=300)  # fmt: skip
 
 
 def train(server: ServerProcess, folder: Path, index: int, at_round: Any = None) -> Arrays:

@@ -21,7 +21,7 @@ from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.registry import close_sessions
 from fl_adapters.testing import LocalFederation
 
-TIMEOUT_S = 60
+TIMEOUT_S = 240
 
 
 def on_two_ranks(kit: str, folder: Path) -> list[tuple[int, str]]:
