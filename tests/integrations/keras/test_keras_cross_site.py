@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 class Scored(m.Example):
     def train(self, site: int, *, epochs: int, different: bool = False, fail_at: int = 0, **arguments: Any) -> Trained:
-        model, counter = m.compiled(m.classifier(seed=site)), m.Counter()
+        model, counter = m.compiled(m.classifier(seed=site), m.steady_adam(0.01)), m.Counter()
         m.fit(model, m.rows(site), FederatedCallback(**arguments), counter, epochs=epochs, validation_data=valid(site))
         return Trained(m.weights(model), counter.batches)
 
