@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
-from .agreement import settings_of
+from .agreement import LOOKUPS, settings_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -56,8 +56,8 @@ def adapt(layer: Any, data: Any, *, kit: str | None = None, min_count: int = 1) 
         adapt(layer, np.array([[1.0], [3.0]], "float32"))
         ```
     """
-    fit = next((fit for kinds, fit in _FITS.items() if isinstance(layer, kinds)), None)
-    if fit is None:
+    is_lookup = isinstance(layer, LOOKUPS)
+    if not is_lookup and not isinstance(layer, keras.layers.Normalization):
         raise ConfigError(
             f"a {type(layer).__name__} does not adapt over sites",
             where=_WHERE,
@@ -69,8 +69,12 @@ def adapt(layer: Any, data: Any, *, kit: str | None = None, min_count: int = 1) 
         open_session(Options(), framework="Keras")  # says once that there is no kit
         layer.adapt(data)
         return
-    with fl_adapters.sums(kit=kit, agree=_described(layer)) as federation:
-        fit(federation, layer, data, min_count)
+    agreed = {"layer": type(layer).__name__, "settings": settings_of(layer)}
+    with fl_adapters.sums(kit=kit, agree=agreed) as federation:
+        if is_lookup:
+            _fit_lookup(federation, layer, data, min_count)
+        else:
+            _fit_normalization(federation, layer, data)
 
 
 def _check(layer: Any, data: Any, min_count: int) -> None:
@@ -91,16 +95,11 @@ def _check(layer: Any, data: Any, min_count: int) -> None:
         )
 
 
-def _described(layer: Any) -> Mapping[str, str | list[str]]:
-    """What must be equal at all sites."""
-    return {"layer": type(layer).__name__, "settings": list(settings_of(layer))}
-
-
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_normalization(federation: Sums, layer: Any, data: Any, min_count: int) -> None:
-    """Mean and variance over all rows of all sites; `min_count` is of no use here.
+def _fit_normalization(federation: Sums, layer: Any, data: Any) -> None:
+    """Mean and variance over all rows of all sites.
 
     The variance is that of the sites around the common mean plus that within the sites, each summed around a mean, so
     that values far from 0 lose nothing (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
@@ -117,7 +116,7 @@ def _fit_normalization(federation: Sums, layer: Any, data: Any, min_count: int) 
     layer.finalize_state()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Moments:
     """Running statistics of one site, in the shape of the layer's own.
 
@@ -177,15 +176,15 @@ def _merged(one: _Moments, other: _Moments) -> _Moments:
 def _fit_lookup(federation: Sums, layer: Any, data: Any, min_count: int) -> None:
     """The vocabulary of all sites in Keras' order: by count, and equal counts by the tokens, both from the largest."""
     config = layer.get_config()
-    here = {token: counts for token, counts in _counted(layer, data).items() if counts[0] >= min_count}
+    found, documents = _counted(layer, data)
+    here = {token: counts for token, counts in found.items() if counts[0] >= min_count}
     is_integer = _is_integer(layer)
     texts = federation.union([str(token) for token in here])
     tokens: list[Any] = [int(text) for text in texts] if is_integer else texts
     if not tokens:
         raise _no_data(layer)
     counts = np.array([here.get(token, (0.0, 0.0)) for token in tokens], np.float64)
-    documents = np.array(float(_number_of_documents(layer, data)))
-    totals = federation.sum({"counts": counts, "documents": documents})
+    totals = federation.sum({"counts": counts, "documents": np.array(float(documents))})
     order = np.array(tokens if is_integer else [token.encode() for token in tokens])
     ranked = np.lexsort((order, totals["counts"][:, 0]))[::-1]
     if config.get("max_tokens"):
@@ -199,29 +198,35 @@ def _fit_lookup(federation: Sums, layer: Any, data: Any, min_count: int) -> None
     layer.set_vocabulary(vocabulary, idf_weights=weights.astype(np.float32))
 
 
-def _counted(layer: Any, data: Any) -> dict[Any, tuple[float, float]]:
-    """Each token of this site -> how often it is there, and in how many documents."""
+def _counted(layer: Any, data: Any) -> tuple[dict[Any, tuple[float, float]], int]:
+    """Each token of this site -> how often it is there, and in how many documents; and the number of documents."""
+    filler = _filler(layer)
     learner = _changed(layer, output_mode="int", max_tokens=None)
-    learner.adapt(data)
-    tokens = learner.get_vocabulary(include_special_tokens=False)
-    if not tokens:
-        return {}
-    numbered = _changed(layer, output_mode="int", max_tokens=None, vocabulary=list(tokens))
-    first = len(numbered.get_vocabulary()) - len(tokens)
-    size = first + len(tokens)
-    counts, documents = np.zeros(size), np.zeros(size)
+    for batch in _batches(data):
+        learner.update_state(batch)
+    learner.update_state(np.array([filler]))
+    learner.finalize_state()
+    tokens = list(learner.get_vocabulary(include_special_tokens=False)) or [filler]
+    numbered = _changed(layer, output_mode="int", max_tokens=None, vocabulary=tokens)
+    size = len(numbered.get_vocabulary())
+    counts, holders, documents = np.zeros(size), np.zeros(size), 0
     for rows in _documents(numbered, data):
-        counts += np.bincount(rows.ravel(), minlength=size)[:size]
-        row, _ = np.nonzero(np.ones_like(rows))
-        pairs = np.unique(np.stack([row, rows.ravel()]), axis=1)
-        documents += np.bincount(pairs[1], minlength=size)[:size]
-    both = zip(counts[first:].tolist(), documents[first:].tolist(), strict=True)
-    return dict(zip(tokens, both, strict=True))
+        documents += len(rows)
+        counts += np.bincount(rows.ravel(), minlength=size)
+        places = np.repeat(np.arange(len(rows)), rows.shape[1])
+        _, numbers = np.unique(np.stack([places, rows.ravel()]), axis=1)
+        holders += np.bincount(numbers, minlength=size)
+    first = size - len(tokens)
+    found = zip(tokens, counts[first:].tolist(), holders[first:].tolist(), strict=True)
+    return {token: (count, held) for token, count, held in found}, documents
 
 
-def _number_of_documents(layer: Any, data: Any) -> int:
-    numbered = _changed(layer, output_mode="int", max_tokens=None, vocabulary=[1 if _is_integer(layer) else "a"])
-    return sum(len(rows) for rows in _documents(numbered, data))
+def _filler(layer: Any) -> Any:
+    """A token that means nothing else to a layer: Keras cannot learn an empty vocabulary, nor look up in one."""
+    config = layer.get_config()
+    if _is_integer(layer):
+        return max(config["oov_token"], config["mask_token"] or 0) + 1
+    return f"a{config.get('oov_token', '')}{config.get('mask_token') or ''}"
 
 
 def _documents(numbered: Any, data: Any) -> Iterator[npt.NDArray[np.int64]]:
@@ -287,9 +292,3 @@ def _no_data(layer: Any) -> ConfigError:
         where=_WHERE,
         fix="check what this site reads; with min_count=, lower it",
     )
-
-
-_FITS: Mapping[Any, Callable[[Sums, Any, Any, int], None]] = {
-    (keras.layers.Normalization,): _fit_normalization,
-    (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization): _fit_lookup,
-}

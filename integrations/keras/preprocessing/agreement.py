@@ -15,10 +15,10 @@ from fl_runtime.wire.names import Names, names_of
 from ..names import named_layers
 from ..trainer import compile_again, own_variables
 
-_LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
+LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
 _COMPARED = (
     *(keras.layers.Hashing, keras.layers.HashedCrossing, keras.layers.CategoryEncoding, keras.layers.Discretization),
-    *(keras.layers.Normalization, keras.layers.Rescaling, *_LOOKUPS),
+    *(keras.layers.Normalization, keras.layers.Rescaling, *LOOKUPS),
 )
 _LISTED = {"vocabulary", "idf_weights", "bin_boundaries", "vocabulary_size", "has_input_vocabulary"} | {
     *("name", "dtype", "trainable"),  # may differ between sites
@@ -73,7 +73,7 @@ def facts(model: Any) -> dict[str, Names]:
             found[f"bins of {name}"] = names_of(
                 config["bin_boundaries"] or (), from_data=config["num_bins"] is not None
             )
-        if isinstance(layer, _LOOKUPS):
+        if isinstance(layer, LOOKUPS):
             within = f"{name}/"  # a TextVectorization holds a StringLookup
             adapted = config.get("vocabulary") is None
             found[f"vocabulary of {name}"] = names_of(layer.get_vocabulary(), from_data=adapted)

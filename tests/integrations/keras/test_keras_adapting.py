@@ -21,8 +21,9 @@ TEXTS = (
     ["Red fish, red boat", "blue boat", ""],
     ["green fish"],
     ["red sky red sky red", "Zürich fish", "blue", "boat boat boat"],
+    ["", "!"],
 )
-WORDS = (["north", "east", "north"], ["west"], ["east", "[UNK]", "south", "south", "east"])
+WORDS = (["north", "east", "north"], ["west"], ["east", "[UNK]", "south", "south", "east"], ["[UNK]"])
 CODES = ([3, 1, 3, 12], [7], [1, 5, 3, 5])
 
 
@@ -66,9 +67,8 @@ def test_a_text_vectorization_has_the_vocabulary_and_weights_of_all_texts(mode: 
 
     central = make()
     central.adapt([text for part in TEXTS for text in part])
-    for layer in over_sites(
-        make, [TEXTS[0], np.array(TEXTS[1]), tf.data.Dataset.from_tensor_slices(TEXTS[2]).batch(3)]
-    ):
+    batched = tf.data.Dataset.from_tensor_slices(TEXTS[2]).batch(3)
+    for layer in over_sites(make, [TEXTS[0], np.array(TEXTS[1]), batched, TEXTS[3]]):
         assert layer.get_vocabulary() == central.get_vocabulary()
         texts = ["red fish Zürich unknown", "boat"]
         np.testing.assert_allclose(np.asarray(layer(texts)), np.asarray(central(texts)), rtol=1e-6)
@@ -92,7 +92,7 @@ def test_a_lookup_of_integers_has_the_vocabulary_of_all_sites() -> None:
 
 def test_rare_tokens_stay_at_their_site() -> None:
     layers = over_sites(keras.layers.StringLookup, [np.array(words) for words in WORDS], min_count=2)
-    assert [layer.get_vocabulary() for layer in layers] == [["[UNK]", "south", "north", "east"]] * 3
+    assert [layer.get_vocabulary() for layer in layers] == [["[UNK]", "south", "north", "east"]] * 4
 
 
 def test_a_model_trains_on_layers_that_adapted_over_the_sites() -> None:
