@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fl_runtime.errors import ConfigError, NewerFormatError
-from fl_runtime.store.tensorfile import disk_error, header_of, read_tensors, write_pieces
+from fl_runtime.store.tensorfile import header_of, read_tensors, replacing, write_pieces
 from fl_runtime.types import Array
 from fl_runtime.version import check_format
 from fl_runtime.wire.dtypes import DTYPES
@@ -50,9 +50,7 @@ def write_state(path: Path, state: State, *, recycled: Path | None = None) -> in
     text = json.dumps(_packed(state, arrays, "state")).encode()
     arrays[_JSON] = np.frombuffer(text, np.uint8)
     manifest = Manifest.of(arrays)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
         if recycled is not None and recycled.exists():
             os.replace(recycled, partial)
         with open(partial, "r+b" if partial.exists() else "wb") as file:
@@ -60,9 +58,6 @@ def write_state(path: Path, state: State, *, recycled: Path | None = None) -> in
             write_pieces(file, manifest.pieces(arrays, {}))
             size = file.tell()
             file.truncate()
-        os.replace(partial, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
     return size
 
 

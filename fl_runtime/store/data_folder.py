@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from fl_runtime.errors import ConfigError, StoreError
+from fl_runtime.store import lock
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.tensorfile import disk_error
 from fl_runtime.version import check_format, stamp
@@ -98,10 +99,4 @@ def _name_federation(path: Path, federation: str) -> None:
 
 def is_locked(path: Path) -> bool:
     """Return whether a server uses a data folder at this moment."""
-    if not (path / _LOCK).exists():
-        return False
-    try:
-        FolderLock(path / _LOCK).close()
-    except StoreError:
-        return True
-    return False
+    return lock.is_locked(path / _LOCK) is True

@@ -63,6 +63,8 @@ class FolderLock:
 def is_locked(folder: Path) -> bool | None:
     """Return whether a process holds the lock of a folder; None on systems without POSIX file locks.
 
+    A lock that cannot be looked at counts as held.
+
     Args:
         folder: The folder, as the process names it.
     """
@@ -72,8 +74,10 @@ def is_locked(folder: Path) -> bool | None:
         return None
     try:
         descriptor = os.open(folder / _FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # nobody has ever locked it
+    except FileNotFoundError:  # nobody has ever locked it
         return False
+    except OSError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

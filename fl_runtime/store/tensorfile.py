@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,12 +72,29 @@ def write_tensors(
         ConfigError: If a dtype is not supported.
     """
     manifest = Manifest.of(arrays)
+    with replacing(path, durable=durable) as partial, open(partial, "wb") as file:
+        file.write(header_of(manifest, metadata))
+        write_pieces(file, manifest.pieces(arrays, {}))
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Replace a file in one step, once the block has written the new one.
+
+    Args:
+        path: The file; its folder is created if missing.
+        durable: Whether to return only when the file is on the device.
+
+    Yields:
+        Where the block writes; a file from a write that broke off may be there.
+
+    Raises:
+        StoreError: If the disk is full or cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(header_of(manifest, metadata))
-            write_pieces(file, manifest.pieces(arrays, {}))
+        yield partial
         if durable:
             sync(partial)
         os.replace(partial, path)

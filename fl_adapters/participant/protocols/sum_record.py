@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.store.tensorfile import disk_error, sync
+from fl_runtime.store.tensorfile import replacing
 from fl_runtime.text import parse_json
 
 RECORD = "secure-sum.json"
@@ -60,14 +59,5 @@ class SumRecord:
         Raises:
             StoreError: The disk is full or failed.
         """
-        partial = self._path.with_name(f"{RECORD}.partial")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path, durable=self._durable) as partial:
             partial.write_text(json.dumps(record), encoding="utf-8")
-            if self._durable:
-                sync(partial)
-            os.replace(partial, self._path)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
-        if self._durable:
-            sync(self._path.parent)
