@@ -422,10 +422,8 @@ class SiteFilters:
 
     def _encrypted(self, update: Update) -> Update:
         assert self._cipher is not None
-        arrays = update.arrays
-        if update.content == "delta":
-            arrays = LazyArrays(arrays, lambda name: np.add(self._base[name], update.arrays[name], dtype=np.float64))
-        return replace(update, arrays=self._cipher.encrypt(arrays, self._agreed.layout), content="encoded")
+        weights = self._weights(update) if update.content == "delta" else update
+        return replace(update, arrays=self._cipher.encrypt(weights.arrays, self._agreed.layout), content="encoded")
 
     def _encoded(self, update: Update, chain: list[EncodingFilter]) -> Update:
         layout = work_layout({name: self._agreed.layout[name] for name in update.arrays})

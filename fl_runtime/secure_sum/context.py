@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.trainings import job_of
+from fl_runtime.types import Settings
 
 DEFAULT_THRESHOLD = 0.6
 
@@ -82,6 +85,34 @@ def noise_sharers(sites: int) -> int:
         How many of them the default threshold takes. A sum over fewer has too little noise.
     """
     return needed_holders(DEFAULT_THRESHOLD, sites)
+
+
+def distributed_noise(filters: Iterable[Settings]) -> list[Settings]:
+    """Return the filters of a job whose noise is divided among its sites.
+
+    Args:
+        filters: Settings of the job's filters.
+
+    Returns:
+        Those of `GaussianDP` with `distributed`.
+    """
+    return [dict(item) for item in filters if item.get("name") == "GaussianDP" and item.get("distributed")]
+
+
+def context_of(job: str, filters: Iterable[Settings] = ()) -> Context:
+    """Return the run that masks belong to.
+
+    Sites whose jobs ask for other shares of noise are in other runs, so no sum has less noise than a site was told.
+
+    Args:
+        job: Name of the training, such as "diagnosis" or "diagnosis/2".
+        filters: The job's filters.
+
+    Returns:
+        Its context: one training is one run.
+    """
+    shared = distributed_noise(filters)
+    return Context(job_of(job), job, json.dumps(shared, sort_keys=True) if shared else "")
 
 
 class Signer(Protocol):

@@ -1,14 +1,12 @@
-"""What a job must not ask for beside a secure sum, and the run that its masks belong to."""
+"""What a job must not ask for beside a secure sum."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.secure_sum.context import Context
-from fl_runtime.trainings import job_of
-from fl_runtime.types import RunSettings, Settings, Strategy
+from fl_runtime.secure_sum.context import distributed_noise
+from fl_runtime.types import RunSettings, Strategy
 
 _ENCODING = ("Quantize", "TopK", "HomomorphicCKKS")
 
@@ -43,34 +41,6 @@ def check_secure_sum(settings: RunSettings, strategy: Strategy | None) -> None:
             where="secure_sum",
             fix="leave that out of the job, or secure_sum",
         )
-
-
-def distributed_noise(filters: Iterable[Settings]) -> list[Settings]:
-    """Return the filters of a job whose noise is divided among its sites.
-
-    Args:
-        filters: Settings of the job's filters.
-
-    Returns:
-        Those of `GaussianDP` with `distributed`.
-    """
-    return [dict(item) for item in filters if item.get("name") == "GaussianDP" and item.get("distributed")]
-
-
-def context_of(job: str, filters: Iterable[Settings] = ()) -> Context:
-    """Return the run that masks belong to.
-
-    Sites whose jobs ask for other shares of noise are in other runs, so no sum has less noise than a site was told.
-
-    Args:
-        job: Name of the training, such as "diagnosis" or "diagnosis/2".
-        filters: The job's filters.
-
-    Returns:
-        Its context: one training is one run.
-    """
-    shared = distributed_noise(filters)
-    return Context(job_of(job), job, json.dumps(shared, sort_keys=True) if shared else "")
 
 
 def _reasons(settings: RunSettings, strategy: Strategy | None) -> Iterator[str]:

@@ -69,8 +69,7 @@ def _secure_sum(
 ) -> RoundProtocol:
     from fl_adapters.participant.protocols.secure_sum import SecureSumSite
     from fl_runtime.secure_sum import SiteSums
-    from fl_runtime.secure_sum.context import noise_sharers
-    from fl_runtime.secure_sum.requirements import context_of, distributed_noise
+    from fl_runtime.secure_sum.context import context_of, distributed_noise, noise_sharers
 
     rules, asked = gate.cohort.sum_rules, run_settings(job).sites_per_round
     divided = bool(distributed_noise(job.get("filters", ())))

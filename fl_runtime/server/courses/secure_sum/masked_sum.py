@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fl_runtime.errors import RoundFailedError
-from fl_runtime.secure_sum.requirements import context_of
+from fl_runtime.secure_sum.context import context_of
 from fl_runtime.secure_sum.vectors import Mean, Rings, in_all, mean_of, metric_of
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.secure_sum.steps import Steps
