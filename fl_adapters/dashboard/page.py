@@ -115,6 +115,16 @@ def error_page(request: Request, error: FederationError, status: int = 400) -> H
     return page(request, "That did not work", parts, status=status)
 
 
+def crumbs(*parts: Element | str) -> Element:
+    """Return the line above a page that says where it is.
+
+    Args:
+        *parts: Links to the pages above, and the name of this one.
+    """
+    first, *others = parts
+    return tag("p", first, [piece for part in others for piece in (" / ", part)], class_="crumbs")
+
+
 def is_below(section: str, path: str) -> bool:
     """Return whether a page belongs to a section.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +112,11 @@ def submit(control: ControlClient, job: Job, *, priority: int = 0) -> str:
     return str(control.ask("SubmitJob", job=job_fields(job), priority=priority)["job"])
 
 
-def earlier_jobs(control: ControlClient, before: int) -> dict[str, Any]:
+def earlier_jobs(ask: Callable[..., dict[str, Any]], before: int) -> dict[str, Any]:
     """Ask the server of a federation for jobs that ended before those that it lists by itself.
 
     Args:
-        control: Connection to the server as an admin.
+        ask: Makes a call as an admin, such as `ControlClient.ask`.
         before: Number of a job, as `older` of an earlier answer tells it: the jobs are older than that one.
 
     Returns:
@@ -127,7 +127,7 @@ def earlier_jobs(control: ControlClient, before: int) -> dict[str, Any]:
         ConfigError: The server is of a version that does not tell of them.
         FederationError: The server is out of reach, or refused the call.
     """
-    answer = control.ask("Status", before=before)
+    answer = ask("Status", before=before)
     if "older" not in answer:
         raise ConfigError(
             f"the server, with fl-adapters {printable(answer['version'], 50)}, tells only of the jobs that ended last",

@@ -66,7 +66,7 @@ def submit(kit: Path, file: Path, priority: int, follow_it: bool, as_json: bool,
 def list_jobs(kit: Path, before: int | None, as_json: bool) -> int:
     """List the federation's jobs, or older ones that have ended. Returns exit status 0."""
     with _connected(kit, as_json) as control:
-        status = control.ask("Status") if before is None else earlier_jobs(control, before)
+        status = control.ask("Status") if before is None else earlier_jobs(control.ask, before)
     jobs, older = status["jobs"], status.get("older")
     table = Table("job", "state", "sites", "submitted by", "submitted")
     for job in jobs:

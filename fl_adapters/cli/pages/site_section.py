@@ -19,7 +19,7 @@ from fl_adapters.cli.site.records import JobFolder, job_folders
 from fl_adapters.dashboard.audit_lines import SHOWN, asked_before, audit_table, read_lines
 from fl_adapters.dashboard.forms import form_of
 from fl_adapters.dashboard.log_pages import log_version, log_view
-from fl_adapters.dashboard.page import link, live, page
+from fl_adapters.dashboard.page import crumbs, link, live, page
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.report.document import Content, table, tag
 from fl_runtime.errors import ConfigError
@@ -119,7 +119,7 @@ class SiteSection:
         return page(
             request,
             f"Job {job.job}",
-            tag("p", link("Site", self.path), f" / {job.job}", class_="crumbs"),
+            crumbs(link("Site", self.path), job.job),
             live("daemon", self._daemon(), spoken=True),
             live("state", tag("p", f"State: {record['state']}. {printable(str(record.get('reason') or ''), 500)}")),
             table(("asked", "for"), rows, 2, wrap=True),
@@ -133,14 +133,7 @@ class SiteSection:
     def _log(self, request: Request) -> Response:
         folder = self._folder(request.path_params["name"])
         name = folder.path.name
-        back = tag(
-            "p",
-            link("Site", self.path),
-            " / ",
-            link(name, f"{self.path}/job/{quote(name, safe='')}"),
-            " / log",
-            class_="crumbs",
-        )
+        back = crumbs(link("Site", self.path), link(name, f"{self.path}/job/{quote(name, safe='')}"), "log")
         return page(request, f"Log of {name}", back, log_view(request, folder.logs, f"Log of {name}"))
 
     def _audit(self, request: Request) -> Response:
@@ -153,7 +146,7 @@ class SiteSection:
         return page(
             request,
             f"Audit log of {identity.name}",
-            tag("p", link("Site", self.path), " / audit", class_="crumbs"),
+            crumbs(link("Site", self.path), "audit"),
             tag("p", f"What {self._kit.folder / LOG_FILE} says. {check}", class_="soft"),
             live("lines", content),
         )

@@ -16,7 +16,6 @@ from fl_adapters.dashboard.federation.view import Federation, Job, JobDetails, r
 from fl_adapters.dashboard.runs.folder import RunsFolder
 from fl_adapters.environments.remote import earlier_jobs, job_fields
 from fl_adapters.job import Job as JobSettings
-from fl_runtime.client.control import ControlClient
 from fl_runtime.errors import ConfigError
 from fl_runtime.text import printable
 
@@ -69,7 +68,7 @@ class Desk:
             ConfigError: The server is of a version that does not tell of them.
             FederationError: The server is out of reach.
         """
-        return read_status(earlier_jobs(ControlClient(self.connection.transport), before))
+        return read_status(earlier_jobs(self.connection.ask, before))
 
     def job(self, name: str) -> Job:
         """Return a job as the server has told last; of one that it does not list, it is asked.

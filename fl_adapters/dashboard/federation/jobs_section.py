@@ -24,7 +24,7 @@ from fl_adapters.dashboard.federation.rights import ACTS
 from fl_adapters.dashboard.federation.view import Federation, Job, JobDetails
 from fl_adapters.dashboard.forms import act, form_of
 from fl_adapters.dashboard.log_pages import log_version, log_view
-from fl_adapters.dashboard.page import link, live, page, tabs
+from fl_adapters.dashboard.page import crumbs, link, live, page, tabs
 from fl_adapters.environments.progress.text import size_text
 from fl_adapters.environments.report.document import Content, table, tag
 from fl_adapters.environments.report.page import run_sections, run_summary
@@ -103,7 +103,7 @@ class JobsSection:
 
     def _earlier(self, request: Request, before: int) -> Response:
         """The page of jobs that ended before those that the server lists by itself."""
-        back = tag("p", link("Jobs", self.path), " / older", class_="crumbs")
+        back = crumbs(link("Jobs", self.path), "older")
         return page(request, "Older jobs", back, _listed(self._desk.earlier(before)) or tag("p", "No job is older."))
 
     def _job(self, request: Request) -> Response:
@@ -115,7 +115,7 @@ class JobsSection:
         return page(
             request,
             job.name,
-            tag("p", link("Jobs", self.path), f" / {job.name}", class_="crumbs"),
+            crumbs(link("Jobs", self.path), job.name),
             live("standing", standing(seen), spoken=True),
             _done(request),
             live("state", _state(job)),
@@ -164,7 +164,7 @@ class JobsSection:
         job = self._desk.job(request.path_params["name"])
         events = self._desk.follow(job)
         files = event_files(events.folder) if events is not None else []
-        back = tag("p", link(job.name, _address(job.name)), " / log", class_="crumbs")
+        back = crumbs(link(job.name, _address(job.name)), "log")
         shown = log_view(request, files, f"Log of {job.name}", event_line)
         standing_now = live("standing", standing(self._desk.connection.seen), spoken=True)
         return page(request, f"Log of {job.name}", back, standing_now, shown)
@@ -229,7 +229,7 @@ class JobsSection:
             action=f"{self.path}/new",
         )
         script = tag("script", src=f"{self.path}/{_SCRIPT}", type="module")
-        return page(request, "Submit a job", tag("p", link("Jobs", self.path), " / new", class_="crumbs"), form, script)
+        return page(request, "Submit a job", crumbs(link("Jobs", self.path), "new"), form, script)
 
     async def _submit(self, request: Request) -> Response:
         form = await form_of(request)

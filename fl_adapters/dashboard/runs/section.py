@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from fl_adapters.dashboard.log_pages import log_version, log_view
-from fl_adapters.dashboard.page import link, live, page, tabs
+from fl_adapters.dashboard.page import crumbs, link, live, page, tabs
 from fl_adapters.dashboard.runs.folder import Overview, RunsFolder
 from fl_adapters.environments.report.comparison import comparison_sections, summaries
 from fl_adapters.environments.report.document import table, tag
@@ -97,7 +97,7 @@ class RunsSection:
         return page(
             request,
             run.name,
-            tag("p", link("Runs", self.path), " / ", name, class_="crumbs"),
+            crumbs(link("Runs", self.path), name),
             live("trainings", self._trainings(request, name)),
             live("summary", summary),
             tabs(parts, request),
@@ -123,7 +123,7 @@ class RunsSection:
         found = self._runs.logs(name)
         if site not in found:
             raise ConfigError(f"there is no output of site {site[:100]!r}", fix="choose a site on the run's page")
-        back = tag("p", link(name, f"{self.path}/run/{_quoted(name)}"), " / output", class_="crumbs")
+        back = crumbs(link(name, f"{self.path}/run/{_quoted(name)}"), "output")
         shown = log_view(request, [found[site]], f"Output of {site}")
         return page(request, f"Output of {site}", back, shown, tag("p", str(found[site]), class_="soft"))
 
@@ -148,8 +148,8 @@ class RunsSection:
             )
         with self._runs.unchanged():
             content = list(comparison_sections(summaries([self._runs.record(name) for name in names])))
-        crumbs = tag("p", link("Runs", self.path), " / comparison", class_="crumbs")
-        return page(request, f"Comparison of {len(names)} runs", crumbs, live("comparison", content))
+        back = crumbs(link("Runs", self.path), "comparison")
+        return page(request, f"Comparison of {len(names)} runs", back, live("comparison", content))
 
 
 def _row(run: Overview) -> list[Element | str | None]:

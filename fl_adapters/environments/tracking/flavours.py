@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from fl_adapters.environments.models import FOLDERS, load_model
 
@@ -85,7 +84,7 @@ def _requirements(*frameworks: str) -> list[str]:
     return [f"{framework}=={sys.modules[framework].__version__}" for framework in frameworks]
 
 
-_SAVERS: Mapping[str, Callable[[Path, str], Any]] = {
+_SAVERS: Mapping[str, Callable[[Path, str], bool]] = {
     "model.ubj": partial(_save_plain, "xgboost"),
     "model.keras": partial(_save_plain, "keras"),
     "adapter_config.json": _nothing,  # its base may lie at a hub

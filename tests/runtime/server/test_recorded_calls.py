@@ -99,7 +99,7 @@ def test_this_version_reads_what_a_server_of_version_0_1_0_answers() -> None:
     assert [(job.name, job.state) for job in seen.jobs] == [("second", "aborted"), ("first", "finished")]
     assert seen.older == 0
     with pytest.raises(ConfigError, match="with fl-adapters 0.1.0, tells only of the jobs that ended last"):
-        earlier_jobs(client(2), 5)
+        earlier_jobs(client(2).ask, 5)
     details = read_details(client().ask("ShowJob", job="first"))
     assert details.job.app == "train" and FILE in [file.path for file in details.files]
     assignment = Assignment.of(client().ask("Assignment"))
