@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,3 +106,14 @@ def wait_until(met: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {WAIT_S:g} s for {what}")
         time.sleep(0.05)
+
+
+def run_cells(folder: Path, cells: Iterable[str]) -> None:
+    """Run cells in a kernel of their own, and check that no process is left that they have started."""
+    kernel = Kernel(folder)
+    try:
+        for cell in cells:
+            kernel.run(cell)
+        assert kernel.processes() == []
+    finally:
+        kernel.close()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("ipykernel")
-from notebook_kernel import Kernel
+from notebook_kernel import run_cells
 
 from fl_adapters import open_run
 
@@ -42,13 +42,7 @@ def train():
 
 
 def test_a_trainer_of_a_cell_trains_at_a_site(tmp_path: Path) -> None:
-    kernel = Kernel(tmp_path)
-    try:
-        for cell in CELLS:
-            kernel.run(cell)
-        assert kernel.processes() == []
-    finally:
-        kernel.close()
+    run_cells(tmp_path, CELLS)
     model = open_run(tmp_path / "runs" / "notebook").load()
     with torch.no_grad():
         logits = model(torch.arange(4)[None]).logits.numpy()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("ipykernel")
-from notebook_kernel import Kernel
+from notebook_kernel import run_cells
 
 from fl_adapters import open_run
 
@@ -72,13 +72,7 @@ def alone() -> nn.Linear:
 
 
 def test_a_trainer_of_a_cell_trains_at_a_site(tmp_path: Path) -> None:
-    kernel = Kernel(tmp_path)
-    try:
-        for cell in CELLS:
-            kernel.run(cell)
-        assert kernel.processes() == []
-    finally:
-        kernel.close()
+    run_cells(tmp_path, CELLS)
     trained = np.load(tmp_path / "layer.npz")
     module = nn.ModuleDict({"layer": nn.Linear(4, 1)})
     opened = open_run(tmp_path / "runs" / "notebook").load(into=module)
