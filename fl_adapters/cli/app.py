@@ -60,6 +60,8 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as th
     epilog="""\b
 Examples:
   fl-adapters simulate train.py --sites 3 --rounds 5
+  fl-adapters simulate train.py --data north=a.csv,south=b.csv    a file for each site: fl_adapters.site().data
+  fl-adapters simulate train.py --data 'parts/{site}.csv'
   fl-adapters simulate train.py --lr 0.1 --sites 3        --lr goes to the script
   fl-adapters simulate train.py --sites 3 -- --name mine  --name goes to the script
   fl-adapters simulate train.py --best-metric accuracy --best-mode max
@@ -71,7 +73,15 @@ def simulate(
     script: _Script = "",
     args: _Args = None,
     sites: Annotated[
-        str | None, typer.Option(help="Number of sites, or their names: north,south. Default: the job's, else 3.")
+        str | None,
+        typer.Option(help="Number of sites, or their names: north,south. Default: the job's, those of --data, else 3."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where each site's data lie: north=a.csv,south=b.csv, or 'parts/{site}.csv'. Scripts read it as "
+            "fl_adapters.site().data."
+        ),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Number of rounds. Default: the job's, else as many as the trainer's own budget.")
@@ -160,6 +170,7 @@ def simulate(
         args=tuple(args or ()),
         module=module,
         gpus=tuple(filter(None, gpus.split(","))),
+        data=tuple(data or ()),
         folder=folder,
         port=port,
         engine=engine,

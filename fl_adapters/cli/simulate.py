@@ -35,6 +35,7 @@ class SimulateOptions:
         args: Arguments of the script.
         module: Whether `app` is a module.
         gpus: CUDA devices of the sites.
+        data: Where the data of each site lie, as they were typed.
         folder: Folder for runs.
         port: TCP port of the server, or 0.
         engine: Engine of virtual sites, or None.
@@ -47,6 +48,7 @@ class SimulateOptions:
     args: tuple[str, ...]
     module: bool
     gpus: tuple[str, ...]
+    data: tuple[str, ...]
     folder: Path
     port: int
     engine: str | None = None
@@ -122,11 +124,13 @@ def _sites(text: str) -> int | tuple[str, ...]:
 
 def _simulate(options: SimulateOptions, job: Job, listener: Listener) -> SimulationResult:
     from fl_adapters.environments.simulation import Simulation
+    from fl_adapters.environments.starting.site_data import parse_data
 
     simulation = Simulation(
         args=options.args,
         module=options.module,
         gpus=options.gpus,
+        data=parse_data(options.data),
         folder=options.folder,
         port=options.port,
         engine=cast("Engine | None", options.engine),  # Simulation refuses others

@@ -20,6 +20,7 @@ from fl_adapters.environments.outcome import SiteExit, run_error
 from fl_adapters.environments.processes import SiteProcesses, describe_status
 from fl_adapters.environments.report import heatmap, write_report
 from fl_adapters.environments.report.notebook import NotebookView
+from fl_adapters.environments.starting.site_data import DataOfSites, names_of
 from fl_adapters.job import EarlierModel, Job, site_names
 from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.server import RoundResult
@@ -76,21 +77,25 @@ def script_command(job: Job, args: Sequence[str], *, module: bool) -> list[str]:
     return [sys.executable, job.app, *args]
 
 
-def select_sites(job: Job, requested: int | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the sites: those of the environment, else those of the job, else three.
+def select_sites(job: Job, requested: int | Sequence[str] | None, data: DataOfSites | None = None) -> tuple[str, ...]:
+    """Names of the sites: those of the environment, else those of the job, else those of the data, else three.
 
     Args:
         job: The job. The file of its initial model, if it names one, must exist.
         requested: The environment's sites, as a number or as names; None leaves the choice to the job.
+        data: Where the data of each site lie.
 
     Returns:
         The names, in order.
 
     Raises:
-        ConfigError: Job and environment name different sites, or the initial model's file is missing.
+        ConfigError: Job and environment name different sites, the data name none, or the initial model's file is
+            missing.
     """
     chosen = requested if requested is not None else job.sites
-    sites = site_names(DEFAULT_SITES if chosen is None else chosen)
+    if chosen is None:
+        chosen = names_of(data) or DEFAULT_SITES
+    sites = site_names(chosen)
     if job.sites is not None and site_names(job.sites) != sites:
         raise ConfigError(
             f"the job names sites {job.sites!r}, the environment {requested!r}",

@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
@@ -31,7 +33,9 @@ from fl_adapters.environments.processes import SiteProcesses, free_ports, site_e
 from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress.notebook import progress_listener
 from fl_adapters.environments.remote import RemoteJob
-from fl_adapters.environments.tracking import Tracker, Tracking
+from fl_adapters.environments.starting.local_environment import LocalEnvironment
+from fl_adapters.environments.starting.site_data import places_of
+from fl_adapters.environments.tracking import Tracking
 from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.extras import needs_trust_extra
 from fl_adapters.job import Job
@@ -48,14 +52,14 @@ _CLI = (sys.executable, "-m", "fl_adapters.cli")
 
 
 @dataclass(frozen=True)
-class ProofOfConcept:
+class ProofOfConcept(LocalEnvironment):
     """Runs a job on this machine as in production: real server and site commands, startup kits and mutual TLS.
 
     A federation is provisioned into a temporary folder. Then `fl-adapters server` and, for each site,
     `fl-adapters run` with the job's app start as processes of their own. Needs the extra `[trust]`.
 
     Attributes:
-        sites: Number of sites, or their names. None takes the job's sites, else three.
+        sites: Number of sites, or their names. None takes the job's sites, else those of `data`, else three.
         args: Arguments of the script.
         module: Whether the job's app is a module to run with `python -m`.
         gpus: CUDA devices that the sites get in turn, counted within `CUDA_VISIBLE_DEVICES` where that is set. Empty
@@ -64,21 +68,12 @@ class ProofOfConcept:
         port: TCP port of the server; 0 takes a free one.
         listeners: Functions that are called with each `Event`, one at a time, from other threads.
         quiet: Print nothing. Otherwise one line per round goes to stderr.
+        data: Where the data of each site lie, as for a `Simulation`. Each site's policy says it, as in production.
         trackers: Where the run is tracked, beside the job's `track`; see `Simulation`.
 
     Example:
         >>> result = Job(app="train.py", rounds=5).run(ProofOfConcept(sites=3))
     """
-
-    sites: int | Sequence[str] | None = None
-    args: Sequence[str] = ()
-    module: bool = False
-    gpus: Sequence[str | int] = ()
-    folder: str | Path = "runs"
-    port: int = 0
-    listeners: Sequence[Listener] = ()
-    quiet: bool = False
-    trackers: Sequence[str | Tracker] = ()
 
     def run(self, job: Job) -> SimulationResult:
         """Run a job to its end. Ctrl-C ends all processes before it is raised again.
@@ -94,7 +89,8 @@ class ProofOfConcept:
         """
         began = time.monotonic()
         command = script_command(job, self.args, module=self.module)
-        sites = select_sites(job, self.sites)
+        sites = select_sites(job, self.sites, self.data)
+        data = places_of(self.data, sites)
         visible_devices(self.gpus)  # reports a GPU that is not there before anything is made
         trackers = make_trackers((*job.track, *self.trackers))
         folder = Path(self.folder).resolve()
@@ -112,7 +108,7 @@ class ProofOfConcept:
         ):
             kits = Path(temporary)
             address = f"127.0.0.1:{self.port or free_ports(1)[0]}"
-            _provision(kits, sites, address)
+            _provision(kits, sites, address, data)
             with _server(kits, folder) as control:
                 tell(starting_event(run, command))
                 remote = RemoteJob(control, job, tell, _PATIENCE_S)
@@ -131,7 +127,7 @@ class ProofOfConcept:
             processes.start(site, ours, environment, run.log(site))
 
 
-def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
+def _provision(kits: Path, sites: Sequence[str], address: str, data: Mapping[str, str]) -> None:
     from fl_runtime.trust.authority import Authority
     from fl_runtime.trust.kits import write_kit
     from fl_runtime.trust.policy import POLICY_FILE
@@ -151,7 +147,8 @@ def _provision(kits: Path, sites: Sequence[str], address: str) -> None:
     for identity in project.participants():
         write_kit(kits / identity.name, authority, identity)
     for name in sites:  # all data are this user's own, and any job may be tried, also with one site or cyclic
-        (kits / name / POLICY_FILE).write_text("# A proof of concept limits nothing.\n", encoding="utf-8")
+        own = yaml.safe_dump({"data": data[name]}, allow_unicode=True) if name in data else ""
+        (kits / name / POLICY_FILE).write_text(f"# A proof of concept limits nothing.\n{own}", encoding="utf-8")
 
 
 @contextmanager

@@ -6,13 +6,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_adapters.environments import resuming
 from fl_adapters.environments.listeners import FanOut, RunTracker
 from fl_adapters.environments.local import (
     LocalRun,
@@ -31,8 +30,11 @@ from fl_adapters.environments.processes import SiteProcesses, free_ports, site_e
 from fl_adapters.environments.processes.function_script import function_script
 from fl_adapters.environments.processes.gpus import visible_devices
 from fl_adapters.environments.progress.notebook import progress_listener
-from fl_adapters.environments.resuming import StartArguments
-from fl_adapters.environments.tracking import Tracker, Tracking
+from fl_adapters.environments.starting import resuming
+from fl_adapters.environments.starting.local_environment import LocalEnvironment
+from fl_adapters.environments.starting.resuming import StartArguments
+from fl_adapters.environments.starting.site_data import places_of
+from fl_adapters.environments.tracking import Tracking
 from fl_adapters.environments.tracking.targets import make_trackers
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
@@ -49,7 +51,7 @@ _SCRIPT = "script.py"
 
 
 @dataclass(frozen=True)
-class Simulation:
+class Simulation(LocalEnvironment):
     """Runs a job's script once per site on this machine, each in a process of its own.
 
     Sites and server talk over real gRPC on the loopback. Models above 1 MiB lie in files that all processes map into
@@ -59,7 +61,8 @@ class Simulation:
     and a few workers call `train(task, site)` for every site and round (docs/simulation.md).
 
     Attributes:
-        sites: Number of sites, or their names. None takes the job's sites, else three: `site-1` to `site-3`.
+        sites: Number of sites, or their names. None takes the job's sites, else those of `data`, else `site-1` to
+            `site-3`.
         args: Arguments of the script.
         module: Whether the job's app is a module to run with `python -m`.
         gpus: CUDA devices that the sites get in turn, counted within `CUDA_VISIBLE_DEVICES` where that is set. Empty
@@ -78,6 +81,9 @@ class Simulation:
         initial: First weights for `function`: a dict of name to NumPy array, or a function that returns one.
         script: Function that every site runs in place of the app's script, such as one of a notebook that trains. It
             is called without arguments in each site's process, which it reaches by its source (docs/notebooks.md).
+        data: Where the data of each site lie, for `fl_adapters.site().data`: `{"north": "a.csv", "south": "b.csv"}`, or
+            a pattern such as `"parts/{site}.csv"`, from which the names of the sites follow. Addresses such as
+            `"s3://bucket/{site}"` are passed on as they are.
         trackers: Where the run is tracked, beside the job's `track`: texts such as "mlflow:URI", or functions that are
             called with each record (docs/tracking.md).
 
@@ -86,21 +92,12 @@ class Simulation:
         >>> result.rounds[-1].metrics
     """
 
-    sites: int | Sequence[str] | None = None
-    args: Sequence[str] = ()
-    module: bool = False
-    gpus: Sequence[str | int] = ()
-    folder: str | Path = "runs"
-    port: int = 0
-    listeners: Sequence[Listener] = ()
-    quiet: bool = False
     share: bool = True
     engine: Engine | None = None
     workers: int | None = None
     function: SiteFunction | None = None
     initial: InitialWeights | None = None
     script: Callable[[], object] | None = None
-    trackers: Sequence[str | Tracker] = ()
 
     def run(self, job: Job) -> SimulationResult:
         """Run a job to its end. Ctrl-C ends all site processes before it is raised again.
@@ -112,7 +109,8 @@ class Simulation:
             The result of the finished run.
 
         Raises:
-            ConfigError: Job and simulation do not fit together, or the run's folder exists. Nothing was started.
+            ConfigError: Job and simulation do not fit together, data are not there, or the run's folder exists. Nothing
+                was started.
             FederationError: The run failed; the error names the cause and the log to read.
         """
         began = time.monotonic()
@@ -120,7 +118,8 @@ class Simulation:
         source = self._source()
         command = [] if virtual or source else script_command(job, self.args, module=self.module)
         job = with_initial_file(job, Path(self.folder).resolve())
-        sites = select_sites(job, self.sites)
+        sites = select_sites(job, self.sites, self.data)
+        data = places_of(self.data, sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         visible_devices(self.gpus)
         trackers = make_trackers((*job.track, *self.trackers))  # reports what is missing before a folder is made
@@ -132,8 +131,9 @@ class Simulation:
             job, command = self._written(job, folder, source)
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         gpus = tuple(map(str, self.gpus))
-        resuming.save(folder, StartArguments(sites, tuple(self.args), self.module, gpus, self.engine, self.workers))
-        return replace(self, trackers=trackers)._run(job, sites, folder, command, began)
+        args = tuple(self.args)
+        resuming.save(folder, StartArguments(sites, args, self.module, gpus, self.engine, self.workers, data))
+        return replace(self, trackers=trackers, data=data)._run(job, sites, folder, command, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
@@ -157,6 +157,7 @@ class Simulation:
         started, job = resuming.load(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
         again = replace(again, engine=started.engine, workers=started.workers)
+        again = replace(again, data=places_of(started.data, started.sites) if started.data else None)
         again = replace(again, trackers=make_trackers((*job.track, *self.trackers)))
         if (source := again._source()) and Path(job.app).resolve() != folder / _SCRIPT:
             raise ConfigError(f"this run has begun with {job.app}", where="Simulation(script=)", fix="leave script out")
@@ -180,7 +181,7 @@ class Simulation:
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)
-            return virtual.run(job, run, began)
+            return virtual.run(job, run, began, places_of(self.data, run.settings.sites))
         with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting_event(run, command))
             self._start_sites(processes, command, run, tokens, address)
@@ -225,7 +226,7 @@ class Simulation:
         self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str
     ) -> None:
         sites = run.settings.sites
-        ports, gpus = free_ports(len(sites)), visible_devices(self.gpus)
+        ports, gpus, data = free_ports(len(sites)), visible_devices(self.gpus), places_of(self.data, sites)
         for index, site in enumerate(sites):
             kit = Kit(
                 job=run.settings.name,
@@ -236,6 +237,7 @@ class Simulation:
                 token=tokens[site],
                 run=str(run.folder),
                 simulated=True,
+                data=data.get(site, ""),
             )
             kit_folder = kit.save(run.folder / "sites" / site / "kit")
             gpu = gpus[index % len(gpus)] if gpus else None

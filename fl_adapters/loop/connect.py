@@ -102,6 +102,7 @@ class ConnectedSite:
         index: Number of this site among those of the job, from 0.
         count: Number of sites in the job.
         job: Name of the job; "" if the site runs alone.
+        data: Path or address of this site's own data; None if nobody has said, as when it runs alone.
         arrays: The final global model, after the loop over `tasks`. The caller owns it.
 
     Example:
@@ -124,6 +125,7 @@ class ConnectedSite:
         self.index = session.site.index if session else 0
         self.count = session.site.count if session else 1
         self.job = session.job if session else ""
+        self.data = session.site.data if session else None
         self._in_block = self._over = False
 
     def __enter__(self) -> ConnectedSite:

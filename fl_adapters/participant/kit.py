@@ -50,6 +50,7 @@ class Kit:
         credentials: Folder of the site's key and certificate, made by `provision`; "" in a simulation. In the file, it
             is relative to the kit's folder.
         servers: Addresses of all servers, if several stand in for each other; else empty.
+        data: Path or address of the site's own data; "" if nobody has said.
         folder: Folder that the kit was read from; "" if it was not read from one.
     """
 
@@ -66,6 +67,7 @@ class Kit:
     own_patience: bool = False
     credentials: str = ""
     servers: tuple[str, ...] = ()
+    data: str = ""
     folder: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
@@ -182,6 +184,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "own_patience": (bool,),
     "credentials": (str,),
     "servers": (list,),
+    "data": (str,),
 }
 _REQUIRED = ("job", "site", "index", "count", "server", "token")
 

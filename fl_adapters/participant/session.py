@@ -15,7 +15,7 @@ from pathlib import Path
 from fl_adapters.adapter import Snapshot
 from fl_adapters.participant.departure import Departure, ScriptNote, folder_for_notes, trains_after
 from fl_adapters.participant.gate import Gate
-from fl_adapters.participant.identity import Site
+from fl_adapters.participant.identity import Site, own_data
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.local_result import LocalResult, UpdateHeader
 from fl_adapters.participant.options import Options, SiteSettings
@@ -100,13 +100,13 @@ class Session:
         """
         self.rounds = 0
         self._protocol: RoundProtocol | None = None
-        self._gate = Gate(kit, framework, self.leave)
+        self._gate, data = Gate(kit, framework, self.leave), own_data(kit)
         local = kit.simulated and not kit.credentials  # a server with a certificate is elsewhere, whatever it says
         self._client = SiteClient(transport, kit.patience_s, own_patience=kit.own_patience, same_machine=local)
         welcome = self._join(kit, options, framework, before)
         job, training = str(welcome.settings["name"]), max(welcome.training, 1)
         self._kit = kit = kit.of_training(training)
-        self.site = Site(welcome.site, welcome.index, welcome.count, job, training=training)
+        self.site = Site(welcome.site, welcome.index, welcome.count, job, data, training=training)
         trains_again = bool(welcome.training) and trains_after(training, welcome.settings.get("trainings"))
         self.departure = Departure(
             self._client,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_adapters.cli.doctor.checks import Check
 from fl_adapters.cli.doctor.server_checks import server_checks
+from fl_adapters.participant.identity import POLICY_DATA_FIX, place_of_data
 from fl_runtime.errors import FederationError
 
 if TYPE_CHECKING:
@@ -47,14 +48,23 @@ def kit_checks(folder: Path) -> Iterator[Check]:
     yield _revocation_list(kit)
     if kit.identity.kind == "site":
         try:
-            read_policy(kit.policy_file)
+            policy = read_policy(kit.policy_file)
             yield Check("policy", "ok", str(kit.policy_file))
+            yield from _data(policy.data, str(kit.policy_file))
         except FederationError as error:
             yield Check("policy", "problem", f"{error.what} ({error.where})", error.fix)
     if kit.identity.kind == "server":
         yield _listening(kit.listen)
     else:
         yield from server_checks(kit)
+
+
+def _data(data: str | Mapping[str, str] | None, where: str) -> Iterator[Check]:
+    for place in (data,) if isinstance(data, str) else (data or {}).values():
+        try:
+            yield Check("data", "ok", place_of_data(place, where=where, fix=POLICY_DATA_FIX))
+        except FederationError as error:
+            yield Check("data", "problem", f"{error.what} ({error.where})", error.fix)
 
 
 def _authority(kit: StartupKit) -> Check:

@@ -54,22 +54,24 @@ def run(kit_folder: Path, command: Sequence[str], results: Path | None, patience
                 witness.take(answer.get("log"), "server")
             job = Assignment.of(answer)
             _say(f"job {job.job}, submitted by {job.submitted_by}")
-            words = _checked_command(gate, kit, job, command)
+            words, data = _checked_command(gate, kit, job, command)
             _await_approval(gate, kit, job)
-            status = _run(gate, kit, job, words, results)
+            status = _run(gate, kit, job, words, data, results)
         if as_json:
             show_json({"job": job.job, "site": kit.site, "status": status})
         return status if status >= 0 else 128 - status
 
 
-def _checked_command(gate: KitPolicyGate, kit: Kit, job: Assignment, command: Sequence[str]) -> list[str]:
-    """The words of the command, for a job that the policy allows. The server is told of a refusal before it is raised,
-    so that no site waits."""
-    from fl_adapters.cli.site.command import CommandError, command_for
+def _checked_command(gate: KitPolicyGate, kit: Kit, job: Assignment, command: Sequence[str]) -> tuple[list[str], str]:
+    """The words of the command and where its data lie, for a job that the policy allows.
+
+    The server is told of a refusal before it is raised, so that no site waits.
+    """
+    from fl_adapters.cli.site.command import CommandError, command_for, data_for
 
     try:
         gate.check_job(job.settings)
-        return list(command) or command_for(gate, job.app)
+        return list(command) or command_for(gate, job.app), data_for(gate, job.app)
     except FederationError as error:
         _leave(gate, kit, job, None, error.reason if isinstance(error, CommandError) else LeaveReason.of(error))
         raise
@@ -92,15 +94,16 @@ def _await_approval(gate: KitPolicyGate, kit: Kit, job: Assignment) -> None:
         raise PermissionDeniedError(reason, where="rule approve: ask (the site's policy.yml)")
 
 
-def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], results: Path | None) -> int:
+def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], data: str, results: Path | None) -> int:
     """Run the command with a kit of its own, and tell the server if it ends too soon."""
     from fl_adapters.cli.site.command import command_kit, gpu_environment
     from fl_adapters.cli.site.own_progress import OwnLines
     from fl_adapters.participant.departure import ScriptNote
 
     with tempfile.TemporaryDirectory(prefix="fl-adapters-kit-") as folder:
-        own = command_kit(kit, job, results, supervised=False, shared=results is not None).save(Path(folder, "kit"))
-        environment = {**os.environ, **gpu_environment(gate.policy), KIT_VARIABLE: str(own)}
+        own = command_kit(kit, job, results, data=data, supervised=False, shared=results is not None)
+        own_folder = own.save(Path(folder, "kit"))
+        environment = {**os.environ, **gpu_environment(gate.policy), KIT_VARIABLE: str(own_folder)}
         gate.record("command started", job=job.job, command=list(words))
         try:
             process = subprocess.Popen(words, env=environment)
@@ -110,10 +113,10 @@ def _run(gate: KitPolicyGate, kit: Kit, job: Assignment, words: Sequence[str], r
             _leave(gate, kit, job, None, LeaveReason(reason, "its command cannot be started"))
             raise ConfigError(reason, fix="check the command after --") from None
         with _passed_on(process):
-            status = OwnLines(kit, job.job, own, _say).until_ended(process)
+            status = OwnLines(kit, job.job, own_folder, _say).until_ended(process)
         gate.record("command ended", job=job.job, status=status)
         if _compare_logs(gate, kit, kit.patience_s if status else 0.0):  # a site that failed must not be waited for
-            _report_early_end(gate, kit, job, ScriptNote.read(own), status)
+            _report_early_end(gate, kit, job, ScriptNote.read(own_folder), status)
     return status
 
 

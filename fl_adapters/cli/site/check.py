@@ -23,6 +23,7 @@ def run(kit_folder: Path, job_file: Path, submitter: str, as_json: bool) -> int:
         lines = {
             "job": plan["job"],
             "command": plan["command"] or "none",
+            "data": plan["data"] or "the policy names none",
             "gpus": "as the environment says" if plan["gpus"] is None else plan["gpus"] or "none",
             "at a time": plan["processes"],
             "filters": ", ".join(item["name"] for item in plan["filters"]) or "none",
@@ -52,14 +53,14 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
         submitter: Who would submit it: a URI, or "ROLE NAME of ORGANISATION". "" if unknown.
 
     Returns:
-        JSON values: `job`, `app`, `command` (None without one), `gpus`, `processes`, `filters` (in the order in which
-        they run), `share_files` (patterns of the small files beside the model that may go to the server), `approval`,
-        `refusals` (each with `code`, `what`, `where`, `fix`), `unchecked`.
+        JSON values: `job`, `app`, `command` (None without one), `data` (None without), `gpus`, `processes`, `filters`
+        (in the order in which they run), `share_files` (patterns of the small files beside the model that may go to the
+        server), `approval`, `refusals` (each with `code`, `what`, `where`, `fix`), `unchecked`.
 
     Raises:
         ConfigError: The kit, its policy or the job cannot be read.
     """
-    from fl_adapters.cli.site.command import CommandError, command_for, quoted
+    from fl_adapters.cli.site.command import CommandError, command_for, data_for, quoted
     from fl_adapters.job import Job
     from fl_adapters.participant.policy_gate import KitPolicyGate, job_refusals
     from fl_runtime.trust.kits import read_kit
@@ -81,6 +82,10 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
         command = quoted(command_for(gate, job.app))
     except CommandError as error:
         refusals.append(error)
+    try:
+        data_for(gate, job.app)
+    except CommandError as error:
+        refusals.append(error)
     refusals.extend(_unusable_filters([*job.filters, *policy.filters]))
     if gate.identity.name not in sites:
         refusals.append(ConfigError(f"{gate.identity.name} is not a site of this job", where=f"{job_file}: sites"))
@@ -92,6 +97,7 @@ def plan_for(kit_folder: Path, job_file: Path, submitter: str) -> dict[str, Any]
         "job": job.name,
         "app": job.app,
         "command": command,
+        "data": policy.data_for(job.app),
         "gpus": place.visible_devices if place else "",
         "processes": capacity.slots,
         "filters": [dict(item) for item in (*job.filters, *policy.filters)],

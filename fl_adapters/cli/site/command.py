@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fl_adapters.cli.site.assignment import Assignment
 from fl_adapters.participant.departure import ScriptNote
+from fl_adapters.participant.identity import POLICY_DATA_FIX, place_of_data
 from fl_adapters.participant.kit import Kit
 from fl_adapters.participant.policy_gate import KitPolicyGate, LeaveReason
 from fl_runtime.errors import ConfigError
@@ -70,6 +71,29 @@ def command_for(gate: KitPolicyGate, app: str) -> list[str]:
     return words
 
 
+def data_for(gate: KitPolicyGate, app: str) -> str:
+    """Return where the site's data for an app lie, as the policy says.
+
+    Args:
+        gate: The site's policy.
+        app: App of a job.
+
+    Returns:
+        A path or an address; "" if the policy says nothing.
+
+    Raises:
+        CommandError: The path does not exist.
+    """
+    if (data := gate.policy.data_for(app)) is None:
+        return ""
+    try:
+        return place_of_data(data, where=f"data, in {POLICY_FILE} of {gate.identity}", fix=POLICY_DATA_FIX)
+    except ConfigError as error:
+        refusal = CommandError(error.what, where=error.where, fix=error.fix)
+        refusal.public = "its data are not where its policy says"
+        raise refusal from None
+
+
 def gpu_environment(policy: Policy) -> dict[str, str]:
     """Return the environment variables that limit a command to the devices of a policy.
 
@@ -80,13 +104,16 @@ def gpu_environment(policy: Policy) -> dict[str, str]:
     return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
-def command_kit(kit: Kit, job: Assignment, run: Path | None, *, supervised: bool, shared: bool = False) -> Kit:
+def command_kit(
+    kit: Kit, job: Assignment, run: Path | None, *, data: str, supervised: bool, shared: bool = False
+) -> Kit:
     """Return the kit of a job's command.
 
     Args:
         kit: The site's startup kit.
         job: The job.
         run: Folder for outputs and models; None leaves them where the script puts them.
+        data: Where the site's data for the job lie; "" if nobody has said.
         supervised: Whether the command is started again if it dies.
         shared: Whether the other sites, on the same machine, write to `run` too.
 
@@ -107,6 +134,7 @@ def command_kit(kit: Kit, job: Assignment, run: Path | None, *, supervised: bool
         supervised=supervised,
         patience_s=kit.patience_s,
         own_patience=kit.own_patience,
+        data=data,
     )
 
 

@@ -20,7 +20,7 @@ from fl_adapters.cli.log_lines import STDERR, LogOptions, say, written_lines
 from fl_adapters.cli.monitoring.page import MonitoringPages
 from fl_adapters.cli.site.activity import Activity
 from fl_adapters.cli.site.assignment import Assignment
-from fl_adapters.cli.site.command import CommandError, command_for, command_kit, quoted
+from fl_adapters.cli.site.command import CommandError, command_for, command_kit, data_for, quoted
 from fl_adapters.cli.site.feed import JobFeed, LogLine, Refusal
 from fl_adapters.cli.site.jobs import RESTARTS, SiteJob, end_reason, is_over
 from fl_adapters.cli.site.leftovers import end_leftovers
@@ -158,6 +158,7 @@ class SiteDaemon:
             job.gate = KitPolicyGate(self._options.kit, self._options.state / "jobs", self._audit)
             job.gate.check_job(assignment.settings)
             job.command = command_for(job.gate, assignment.app)
+            job.data = data_for(job.gate, assignment.app)
             if lacks := Capacity.of(job.gate.policy.resources).lacks(assignment.needs):
                 self._refuse(job, LeaveReason.own(lacks))
                 return
@@ -248,7 +249,8 @@ class SiteDaemon:
         slots, folder = self._capacity().slots, job.folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            kit = command_kit(self._kit, job.assignment, folder.path, supervised=True).save(folder.kit)
+            own = command_kit(self._kit, job.assignment, folder.path, data=job.data, supervised=True)
+            kit = own.save(folder.kit)
             ScriptNote.renew(folder.kit)
             self.activity.begin_job(job.name, folder.note)
             environment = site_environment(kit, slots, free_ports(1)[0], job.place.visible_devices)

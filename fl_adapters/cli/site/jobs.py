@@ -33,6 +33,7 @@ class SiteJob:
         folder: Its folder at the site.
         gate: The policy as it was read when the job came.
         command: The words of its command; empty before they are known.
+        data: Where the site's data for it lie; "" if the policy does not say.
         phase: Where it stands.
         place: What it occupies at the site, if anything.
         occupied: Frees the place.
@@ -46,6 +47,7 @@ class SiteJob:
     folder: JobFolder
     gate: KitPolicyGate
     command: Sequence[str] = ()
+    data: str = ""
     phase: Phase = "waits for room"
     place: Place | None = None
     occupied: ExitStack = field(default_factory=ExitStack)

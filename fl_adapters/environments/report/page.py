@@ -352,7 +352,10 @@ def _repeat(run: RunRecord) -> list[Element]:
     words = ["fl-adapters", "simulate", *(["-m"] if started.get("module") else []), str(run.job["app"])]
     words += ["--job", str(_below(started.get("directory"), run.job_folder / "job.yml"))]
     words += ["--name", f"{job_of(run.name)}-again"]
-    if "sites" not in run.job:
+    data = started.get("data")
+    if isinstance(data, Mapping) and data:
+        words += [word for site, place in data.items() for word in ("--data", f"{site}={place}")]
+    elif "sites" not in run.job:
         words += ["--sites", run.site_argument]
     if gpus := listed(started, "gpus"):
         words += ["--gpus", ",".join(gpus)]

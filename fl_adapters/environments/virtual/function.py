@@ -8,7 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,6 +45,7 @@ class RunInfo:
         seed: Seed of the job, or None.
         layout: Names, dtypes and shapes of the weights, as `encode_layout` writes them.
         exchanges_all: Whether all tensors travel; False if the job selects some by patterns.
+        data: Site -> path or address of its data.
     """
 
     job: str
@@ -53,6 +54,7 @@ class RunInfo:
     seed: int | None
     layout: str
     exchanges_all: bool = True
+    data: dict[str, str] = field(default_factory=dict)
 
 
 def names_function(app: str) -> bool:
@@ -145,7 +147,7 @@ class OrderRunner:
         seed = round_seed(info.seed, site, task)
         seed_python(seed)
         recipient = _UpdateRecipient(self._manifest, arrays, out, when, seed, exchanges_all=info.exchanges_all)
-        here = identity.Site(name=site, index=order["index"], count=info.count, job=info.job)
+        here = identity.Site(site, order["index"], info.count, info.job, info.data.get(site))
         try:
             with identity.standing_at(here):
                 self._function(SiteTask(task, info.rounds, recipient, self._options), here)

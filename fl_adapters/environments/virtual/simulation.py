@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +78,13 @@ class VirtualSimulation:
             )
         check_settings(settings, make_strategy(str(job.strategy)))
 
-    def run(self, job: Job, run: LocalRun, began: float) -> SimulationResult:
-        """Run the job to its end, from round 1 or from where the run's journal ends."""
+    def run(self, job: Job, run: LocalRun, began: float, data: Mapping[str, str]) -> SimulationResult:
+        """Run the job to its end, from round 1 or from where the run's journal ends. `data`: site -> its path."""
         journal = run.folder / "server" / "journal.sqlite"
         run.tell(starting_event(run, [sys.executable, job.app], virtual=True))
         try:
             with _workers(self, job, run) as pool:
-                return _simulated(self, job, run, pool, began)
+                return _simulated(self, job, run, pool, began, data)
         except BaseException:
             if not journal.exists():  # nothing ran, so leave the name free
                 shutil.rmtree(run.folder, ignore_errors=True)
@@ -100,7 +100,7 @@ class _WorkerPool(Workers, Protocol):
 
 
 def _simulated(
-    virtual: VirtualSimulation, job: Job, run: LocalRun, pool: _WorkerPool, began: float
+    virtual: VirtualSimulation, job: Job, run: LocalRun, pool: _WorkerPool, began: float, data: Mapping[str, str]
 ) -> SimulationResult:
     initial = _initial(virtual, job, pool)
     manifest, settings = Manifest.of(initial), run.settings
@@ -111,6 +111,7 @@ def _simulated(
         seed=settings.seed,
         layout=encode_layout(manifest),
         exchanges_all=settings.exchange is None or isinstance(settings.exchange, str),
+        data=dict(data),
     )
     pool.begin(info, manifest)
     sites = VirtualSites(initial, pool)

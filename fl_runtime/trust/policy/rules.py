@@ -113,6 +113,10 @@ share_files: true
 # The local command for a job's `app`, used by `fl-adapters site`, and by `fl-adapters run` without a command.
 # apps: {tumour: "python /opt/train/train_federated.py"}
 
+# Where this site's own data lie, which fl_adapters.site().data tells its scripts: an absolute path or an address, or
+# one for each app, as in {tumour: /srv/ct, stroke: /srv/mr}. A job whose data are not there is refused.
+# data: /srv/study/patients.csv
+
 # Devices that commands see, and how many commands may run at a time; `fl-adapters site` divides the devices among them.
 # memory_gb: memory for the jobs of `fl-adapters site` together, for jobs that say what they use.
 # resources: {gpus: ["0"], processes: 1, memory_gb: 64}
@@ -213,6 +217,8 @@ class Policy(_Part):
         submitters: Whose jobs the site takes part in.
         approve: "ask" holds every job until somebody at the site approves it; None holds none.
         apps: A job's `app` -> the local command that runs it.
+        data: Where the site's own data lie, which its scripts are told: an absolute path or an address; or a mapping of
+            a job's `app` to it. None tells them nothing.
         resources: What local commands may use.
         secure_sum: "required" refuses jobs in which the server sees this site's own updates; None accepts both.
         sum_threshold: Share of the sites around this one that can open the masks of its update together, if it drops
@@ -246,6 +252,7 @@ class Policy(_Part):
     submitters: Submitters = Submitters()
     approve: Literal["ask"] | None = None
     apps: Mapping[str, str] = Field(default_factory=dict)
+    data: str | Mapping[str, str] | None = None
     resources: Resources = Resources()
     secure_sum: Literal["required"] | None = None
     sum_threshold: float | None = Field(default=None, ge=0.5, lt=1)
@@ -258,6 +265,14 @@ class Policy(_Part):
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, value: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
+        for place in (value,) if isinstance(value, str) else (value or {}).values():
+            if not place.startswith("/") and "://" not in place:
+                raise ValueError(f"{place!r} is not an absolute path: commands do not run in this folder")
+        return value
+
     @field_validator("exchange", mode="before")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
@@ -267,6 +282,10 @@ class Policy(_Part):
     @classmethod
     def _all_or_none(cls, value: Any) -> Any:
         return {True: ("*",), False: ()}[value] if isinstance(value, bool) else value
+
+    def data_for(self, app: str) -> str | None:
+        """Return where this site's data for an app lie, or None if the rules do not say."""
+        return self.data.get(app) if isinstance(self.data, Mapping) else self.data
 
     @property
     def files(self) -> FilesPolicy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class StartArguments:
         gpus: CUDA devices of the sites.
         engine: Engine of virtual sites, or None.
         workers: Number of workers of virtual sites, or None.
+        data: Site -> path or address of its data.
         directory: Working directory of the scripts, to which relative paths refer.
     """
 
@@ -34,6 +35,7 @@ class StartArguments:
     gpus: tuple[str, ...] = ()
     engine: Literal["processes", "ray"] | None = None
     workers: int | None = None
+    data: dict[str, str] = field(default_factory=dict)
     directory: str = ""
 
 
