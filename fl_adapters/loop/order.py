@@ -50,23 +50,33 @@ def present(table: Any) -> list[Array]:
     return [column[~np.isnan(column)] for column in columns]
 
 
-def value_counts(federation: Summing, columns: Sequence[Array]) -> npt.NDArray[np.int64]:
-    """Return how many values each column has at all sites."""
-    return federation.sum({"count": np.array([len(c) for c in columns], float)})["count"].astype(np.int64)
+def value_counts(
+    federation: Summing, columns: Sequence[Array], weights: Sequence[Array] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return how many values each column has at all sites; `weights` says how often each value occurs."""
+    own = [float(len(c)) for c in columns] if weights is None else [float(np.sum(w)) for w in weights]
+    return federation.sum({"count": np.array(own)})["count"].astype(np.int64)
 
 
-def at_ranks(federation: Summing, columns: Sequence[Array], ranks: Sequence[Sequence[int]]) -> list[Array]:
+def at_ranks(
+    federation: Summing,
+    columns: Sequence[Array],
+    ranks: Sequence[Sequence[int]],
+    weights: Sequence[Array] | None = None,
+) -> list[Array]:
     """Return the values at ranks of the sorted values of all sites.
 
     Args:
         federation: The federation.
         columns: This site's values of each feature, no NaN among them.
         ranks: For each feature the ranks, from 0, each below the number of its values at all sites.
+        weights: How often each of the values occurs, whole numbers; None for once.
 
     Returns:
         For each feature the values at its ranks.
     """
-    inside = [to_bits(column) for column in columns]  # the values that may still be at one of the ranks
+    often = [None] * len(columns) if weights is None else weights
+    inside = [(to_bits(column), times) for column, times in zip(columns, often, strict=True)]  # may be at a rank
     owner = np.repeat(np.arange(len(ranks)), [len(r) for r in ranks])
     left = np.array([rank for r in ranks for rank in r], np.int64)
     order = np.lexsort((left, owner))  # so that equal prefixes stand side by side
@@ -79,7 +89,8 @@ def at_ranks(federation: Summing, columns: Sequence[Array], ranks: Sequence[Sequ
         bits = int(np.clip(np.log2(_MOST_COUNTS / len(first)), 1, 64 - known))
         counts = []
         for column in range(len(columns)):
-            own, inside[column] = _digits(inside[column], prefix[first[owner[first] == column]], known, bits)
+            own, *rest = _digits(*inside[column], prefix[first[owner[first] == column]], known, bits)
+            inside[column] = rest[0], rest[1]
             counts.append(own)
         total = federation.sum({"counts": np.concatenate(counts).astype(float)})["counts"].astype(np.int64)
         below = np.cumsum(total, axis=1)
@@ -94,23 +105,25 @@ def at_ranks(federation: Summing, columns: Sequence[Array], ranks: Sequence[Sequ
     return np.split(values, np.cumsum([len(r) for r in ranks])[:-1])
 
 
-def _digits(values: Bits, prefixes: Bits, known: int, bits: int) -> tuple[npt.NDArray[np.int64], Bits]:
+def _digits(
+    values: Bits, weights: Array | None, prefixes: Bits, known: int, bits: int
+) -> tuple[npt.NDArray[np.int64], Bits, Array | None]:
     """Count the values that begin with each of the sorted prefixes by their next `bits` bits.
 
     Returns:
-        Counts [prefixes, 2 ** bits], and the values that begin with one of the prefixes.
+        Counts [prefixes, 2 ** bits], and the values that begin with one of the prefixes, with their weights.
     """
     group = np.zeros(len(values), np.int64)
     if known and len(prefixes):
         starts = values >> np.uint64(64 - known)
         group = np.minimum(np.searchsorted(prefixes, starts), len(prefixes) - 1)
         kept = prefixes[group] == starts
-        values, group = values[kept], group[kept]
+        values, group, weights = values[kept], group[kept], None if weights is None else weights[kept]
     if not len(prefixes):
-        return np.zeros((0, 1 << bits), np.int64), values[:0]
+        return np.zeros((0, 1 << bits), np.int64), values[:0], None if weights is None else weights[:0]
     digits = (values >> np.uint64(64 - known - bits)) & np.uint64((1 << bits) - 1)
-    flat = np.bincount((group << bits) + digits.astype(np.int64), minlength=len(prefixes) << bits)
-    return flat.reshape(len(prefixes), -1), values
+    flat = np.bincount((group << bits) + digits.astype(np.int64), weights, len(prefixes) << bits)
+    return flat.astype(np.int64).reshape(len(prefixes), -1), values, weights
 
 
 def extremes(federation: Summing, columns: Sequence[Array]) -> tuple[Array, Array]:
@@ -129,7 +142,11 @@ def medians(federation: Summing, columns: Sequence[Array]) -> Array:
 
 
 def quantiles(
-    federation: Summing, columns: Sequence[Array], levels: Sequence[Array], method: str = "linear"
+    federation: Summing,
+    columns: Sequence[Array],
+    levels: Sequence[Array],
+    method: str = "linear",
+    weights: Sequence[Array] | None = None,
 ) -> list[Array]:
     """Return quantiles of each feature, as `numpy.quantile` gives them for the values of all sites.
 
@@ -138,17 +155,18 @@ def quantiles(
         columns: This site's values of each feature, no NaN among them.
         levels: Levels from 0 to 1 for each feature.
         method: Method of `numpy.quantile`.
+        weights: How often each of the values occurs, whole numbers; None for once.
 
     Returns:
         For each feature the quantiles, NaN where there is no value.
     """
-    counts = value_counts(federation, columns)
+    counts = value_counts(federation, columns, weights)
     places = [
         _positions(int(n), np.asarray(q, float), method) if n else np.zeros(0)
         for n, q in zip(counts, levels, strict=True)
     ]
     ranks = [np.concatenate([np.floor(place), np.ceil(place)]).astype(np.int64).tolist() for place in places]
-    found = at_ranks(federation, columns, ranks)
+    found = at_ranks(federation, columns, ranks, weights)
     result = []
     for values, place, q in zip(found, places, levels, strict=True):
         low, high = values[: len(place)], values[len(place) :]

@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fl_runtime.errors import HandshakeError, QuorumError
+from fl_adapters.loop.federation import Array, Federation, SameSites, large_union
+from fl_runtime.errors import HandshakeError
 
-Array = npt.NDArray[np.float64]
+__all__ = ["Array", "Federation", "SameSites", "compare", "current", "description", "large_union", "over"]
 
 _LONGEST_TEXT = 200
 _IGNORED = ("copy", "copy_X", "copy_x", "n_jobs", "verbose", "random_state")
 _MOST_NAMES = 1000  # names of features that are compared one by one
-_TEXTS_A_CALL = 50_000
-
-
-class SitePlace(Protocol):
-    """Which of the sites this process is."""
-
-    @property
-    def name(self) -> str:
-        """Name of this site."""
-        ...
-
-    @property
-    def index(self) -> int:
-        """Number of this site, from 0."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of sites that take part."""
-        ...
-
-
-class Federation(Protocol):
-    """Sums and unions over all sites. Every site makes the same calls in the same order."""
-
-    @property
-    def site(self) -> SitePlace:
-        """Which of the sites this process is."""
-        ...
-
-    def sum(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return the sums over all sites.
-
-        Args:
-            arrays: Name -> array of finite numbers, with the same names and shapes at all sites.
-
-        Returns:
-            Name -> float64 array with the same bits at all sites.
-        """
-        ...
-
-    def union(self, texts: Sequence[str]) -> list[str]:
-        """Return the sorted union of all sites' texts.
-
-        Args:
-            texts: Texts of this site.
-
-        Returns:
-            Each text of any site once.
-        """
-        ...
 
 
 _SHARED: ContextVar[Federation | None] = ContextVar("shared federation", default=None)
@@ -102,65 +50,6 @@ def over(federation: Federation) -> Iterator[None]:
 def current() -> Federation | None:
     """Return the federation of the surrounding `over` block, or None outside of one."""
     return _SHARED.get()
-
-
-class SameSites:
-    """A federation whose sums and unions are all of the same sites; another one of them is an error.
-
-    Args:
-        inner: What `fl_adapters.sums` gives.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self._sites: tuple[str, ...] = ()
-
-    @property
-    def site(self) -> SitePlace:
-        """Which of the sites this process is."""
-        place: SitePlace = self._inner.site
-        return place
-
-    def sum(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return the sums over all sites."""
-        totals: Mapping[str, Array] = self._inner.sum(arrays)
-        self._check()
-        return totals
-
-    def union(self, texts: Sequence[str]) -> list[str]:
-        """Return the sorted union of all sites' texts."""
-        found: list[str] = self._inner.union(texts)
-        self._check()
-        return found
-
-    def _check(self) -> None:
-        now = tuple(self._inner.sites_in_last_sum)
-        before, self._sites = self._sites or now, now
-        if now != before:
-            missing = sorted(set(before) ^ set(now))
-            raise QuorumError(
-                f"{' and '.join(missing)} took part in some sums of this fit and not in others",
-                where="fl_adapters.sklearn",
-                fix="start the run again with all sites, and let the job wait for them (min_sites, deadline_s)",
-            )
-
-
-def large_union(federation: Federation, texts: Sequence[str]) -> list[str]:
-    """Return the union of any number of texts, in several calls where one would be too large.
-
-    Args:
-        federation: The federation.
-        texts: Texts of this site.
-
-    Returns:
-        Each text of any site once, in no order.
-    """
-    total = federation.sum({"texts": np.array([len(texts)], float)})["texts"][0]
-    calls = 1 + int(total // _TEXTS_A_CALL)
-    parts: list[list[str]] = [[] for _ in range(calls)]
-    for text in texts:
-        parts[zlib.crc32(text.encode("utf-8", "surrogatepass")) % calls].append(text)
-    return [text for part in parts for text in federation.union(part)]
 
 
 def compare(federation: Federation, estimator: Any, features: Sequence[str] | int | None) -> None:
