@@ -22,7 +22,7 @@ from fl_runtime.server.records.results import RoundResult
 from fl_runtime.types import Event
 
 _ROUNDS_SHOWN, _RUNS_SHOWN = 30, 4
-_DRAWN_PER_S = 3  # takes about 3 ms each time, in the process of the server
+_DRAWN_PER_S = 2  # takes about 3 ms each time, in the process of the server
 
 
 class LiveView:

@@ -6,16 +6,18 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from fl_adapters.environments.tracking.records import Record, Tracker
+from fl_adapters.environments.tracking.records import Metrics, Record, Tracker
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.text import printable
 
 _MOST_RECORDS = 10_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _FAILING_S = 5.0
+_BETWEEN_METRICS_S = 2.0  # rounds may take milliseconds, and a tracker takes some of the processor for each record
 
 
 def say_on_stderr(text: str) -> None:
@@ -24,7 +26,7 @@ def say_on_stderr(text: str) -> None:
 
 
 class Background:
-    """Queue and thread of one tracker.
+    """Queue and thread of one tracker. Metrics of one run go at most every two seconds, as one record.
 
     Args:
         name: What the user calls the tracker, such as "mlflow"; it begins the warnings.
@@ -42,6 +44,7 @@ class Background:
     ) -> None:
         self._name, self._tracker, self._say = name, tracker, say
         self._queue: queue.Queue[Record | None] = queue.Queue(most_records)
+        self._held: deque[Record | None] = deque(maxlen=1)  # taken from the queue, but not part of the last batch
         self._lost = 0
         self._warned = self._failing = False
         self._closing = threading.Event()
@@ -85,26 +88,45 @@ class Background:
         return lost
 
     def _work(self) -> None:
-        while (record := self._queue.get()) is not None:
-            self._send(record)
-            self._queue.task_done()
+        while batch := self._batch():
+            self._send(batch)
+            for _ in batch:
+                self._queue.task_done()
+            if isinstance(batch[0], Metrics):
+                self._closing.wait(_BETWEEN_METRICS_S)
         self._ended.set()
 
-    def _send(self, record: Record) -> None:
-        """Send a record, again and again while the tracker's server or disk is away."""
+    def _batch(self) -> list[Record]:
+        """Wait for the next record. Returns it, with the metrics of the same run that follow it; nothing at the end."""
+        first = self._held.popleft() if self._held else self._queue.get()
+        batch = [] if first is None else [first]
+        while isinstance(first, Metrics) and not self._queue.empty():  # this thread alone takes from it
+            record = self._queue.get()
+            if not isinstance(record, Metrics) or record.run != first.run:
+                self._held.append(record)
+                break
+            batch.append(record)
+        return batch
+
+    def _send(self, batch: Sequence[Record]) -> None:
+        """Send records as one, again and again while the tracker's server or disk is away."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                self._tracker(record)
+                self._tracker(_as_one(batch))
                 self._failing = False
                 return
             except (OSError, ConnectionLostError) as error:
                 self._failing = True
                 self._warn(f"{error}; tries again until the run ends")
                 if time.monotonic() + pause_s > self._deadline:
-                    self._lost += 1
+                    self._lost += len(batch)
                     return
             except Exception as error:  # whatever a tracker raises, the run goes on
+                if len(batch) > 1:  # one of them may be what it does not take
+                    for record in batch:
+                        self._send([record])
+                    return
                 self._warn(repr(error))
                 self._lost += 1
                 return
@@ -120,3 +142,12 @@ class Background:
             self._warned = True
             text = f"{self._name} does not take the run's records; the run goes on without it: {printable(what, 300)}"
             self._say(f"tracking: {text}")
+
+
+def _as_one(batch: Sequence[Record]) -> Record:
+    """The record of a batch: itself, or the metrics of all of them."""
+    first = batch[0]
+    if not isinstance(first, Metrics):
+        return first
+    metrics = [record for record in batch if isinstance(record, Metrics)]
+    return Metrics(first.run, tuple(point for record in metrics for point in record.points))

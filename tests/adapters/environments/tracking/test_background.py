@@ -30,10 +30,10 @@ def test_a_tracker_that_hangs_is_given_a_bounded_time(capsys) -> None:
 
 
 def test_what_a_server_did_not_take_while_it_was_away_comes_later(capsys) -> None:
-    taken: list[Record] = []
-    tries: list[Record] = []
+    taken: list[Metrics] = []
+    tries: list[Metrics] = []
 
-    def tracker(record: Record) -> None:
+    def tracker(record: Metrics) -> None:
         tries.append(record)
         if len(tries) < 3:
             raise ConnectionRefusedError("server away")
@@ -44,25 +44,51 @@ def test_what_a_server_did_not_take_while_it_was_away_comes_later(capsys) -> Non
     for item in sent:
         background.put(item)
     assert background.close(20) == 0
-    assert taken == sent
+    assert [point for item in taken for point in item.points] == [point for item in sent for point in item.points]
     assert capsys.readouterr().err.count("server away") == 1
 
 
 def test_a_record_that_breaks_a_tracker_is_lost_alone(capsys) -> None:
-    taken: list[Record] = []
+    taken: list[Point] = []
 
     def tracker(record: Metrics) -> None:
-        if record.points[0].round == 1:
+        if any(point.round == 1 for point in record.points):
             raise KeyError("no such metric")
-        taken.append(record)
+        taken.extend(record.points)
 
     background = Background("mine", tracker)
     for number in range(3):
         background.put(record(number))
     assert background.close(20) == 1
-    assert taken == [record(0), record(2)]
+    assert taken == [*record(0).points, *record(2).points]
     said = capsys.readouterr().err
     assert "no such metric" in said and "1 records of the run were not sent" in said
+
+
+def test_metrics_of_quick_rounds_go_together() -> None:
+    taken: list[Record] = []
+    held, begun = threading.Event(), threading.Event()
+
+    def tracker(record: Record) -> None:
+        begun.set()
+        held.wait(60)
+        taken.append(record)
+
+    background = Background("mine", tracker)
+    background.put(record(0))
+    assert begun.wait(60)
+    other = TrackedRun("tumour/2", "id/2")
+    second = [Metrics(other, (Point("loss", 1.0, number, 0.0),)) for number in range(2)]
+    for item in [record(1), record(2), *second, End(RUN, "finished", Path())]:
+        background.put(item)
+    held.set()
+    assert background.close(20) == 0
+    assert taken == [
+        record(0),
+        Metrics(RUN, record(1).points + record(2).points),
+        Metrics(other, second[0].points + second[1].points),
+        End(RUN, "finished", Path()),
+    ]
 
 
 def test_events_become_records_of_each_training(tmp_path: Path) -> None:
