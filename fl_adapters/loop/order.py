@@ -89,9 +89,9 @@ def at_ranks(
         bits = int(np.clip(np.log2(_MOST_COUNTS / len(first)), 1, 64 - known))
         counts = []
         for column in range(len(columns)):
-            own, *rest = _digits(*inside[column], prefix[first[owner[first] == column]], known, bits)
-            inside[column] = rest[0], rest[1]
-            counts.append(own)
+            counted, kept, weighted = _digits(*inside[column], prefix[first[owner[first] == column]], known, bits)
+            inside[column] = kept, weighted
+            counts.append(counted)
         total = federation.sum({"counts": np.concatenate(counts).astype(float)})["counts"].astype(np.int64)
         below = np.cumsum(total, axis=1)
         before = np.concatenate([[0], np.cumsum(below[:-1, -1])])  # so that one search finds the digits of all groups
