@@ -26,6 +26,7 @@ PUBLIC = {
         QuantileTransformer Ridge RobustScaler SimpleImputer StandardScaler TargetEncoder TfidfTransformer
         TfidfVectorizer TruncatedSVD as_sklearn cross_val_score over
     """,
+    "fl_adapters.partition": "Partition by_column by_feature by_label by_quantity iid",
     "fl_adapters.testing": """
         AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
         LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample
