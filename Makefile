@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/watched_exchange.py benchmarks/hook_cost.py benchmarks/sum_calls.py \
 	benchmarks/accuracy.py benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py benchmarks/membership.py \
 	benchmarks/cost_attacks.py benchmarks/secure_sum_cost.py
-PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,sklearn,trust,dp,he,failover,metrics,dashboard,mlflow,wandb,examples,dev]'
+PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,sklearn,statistics,trust,dp,he,failover,metrics,dashboard,mlflow,wandb,examples,dev]'
 
 # The Python to build environments with: the first on the path that is new enough, or `make PYTHON=/path/to/python3`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

@@ -43,6 +43,7 @@ HEAVY = (
     "xgboost",
     "monai",
     "sklearn",
+    "narwhals",
 )
 
 

@@ -100,9 +100,9 @@ def at_ranks(
         left -= np.where(digit > 0, below[member, np.maximum(digit - 1, 0)], 0)
         prefix = (prefix << np.uint64(bits)) | digit.astype(np.uint64)
         known += bits
-    values = np.empty(len(left))
-    values[order] = from_bits(prefix)
-    return np.split(values, np.cumsum([len(r) for r in ranks])[:-1])
+    found = np.empty(len(left))
+    found[order] = from_bits(prefix)
+    return np.split(found, np.cumsum([len(r) for r in ranks])[:-1])
 
 
 def _digits(
@@ -170,7 +170,7 @@ def quantiles(
     result = []
     for values, place, q in zip(found, places, levels, strict=True):
         low, high = values[: len(place)], values[len(place) :]
-        result.append(_between(low, high, place - np.floor(place)) if len(place) else np.full(len(q), np.nan))
+        result.append(between(low, high, place - np.floor(place)) if len(place) else np.full(len(q), np.nan))
     return result
 
 
@@ -181,7 +181,13 @@ def _positions(count: int, levels: Array, method: str) -> Array:
     return np.asarray(np.quantile(np.arange(count, dtype=float), levels, method=method))  # type: ignore[call-overload]
 
 
-def _between(low: Array, high: Array, share: Array) -> Array:
-    """Interpolate with NumPy's rounding."""
+def between(low: Array, high: Array, share: Array) -> Array:
+    """Interpolate between values with NumPy's rounding.
+
+    Args:
+        low: Values below.
+        high: Values above.
+        share: How far each result is from `low`, 0 to 1.
+    """
     step = high - low
     return np.where(share >= 0.5, high - step * (1 - share), low + step * share)

@@ -35,6 +35,7 @@ from fl_runtime.types.settings import (
     RunSettings,
     Terms,
 )
+from fl_runtime.types.statistics import StatisticsRules
 from fl_runtime.types.strategy import Aggregator, Allocate, RoundPlan, ServerState, Strategy
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "RunSettings",
     "ServerState",
     "Settings",
+    "StatisticsRules",
     "Strategy",
     "Summary",
     "Task",
