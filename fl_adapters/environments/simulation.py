@@ -133,7 +133,7 @@ class Simulation(LocalEnvironment):
         gpus = tuple(map(str, self.gpus))
         args = tuple(self.args)
         resuming.save(folder, StartArguments(sites, args, self.module, gpus, self.engine, self.workers, data))
-        return replace(self, trackers=trackers, data=data)._run(job, sites, folder, command, began)
+        return replace(self, trackers=trackers, data=data or None)._run(job, sites, folder, command, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
