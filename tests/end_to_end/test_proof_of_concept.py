@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fl_adapters import Job, PermissionDeniedError, Production, ProofOfConcept, SiteFailedError
+from fl_adapters.environments.tracking import Begin, End, Metrics, Record
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.trust import audit
 from fl_runtime.trust.kits import read_kit
@@ -147,9 +148,20 @@ def test_a_job_is_submitted_over_an_admins_kit_and_status_shows_it(bench: Any, a
     assert (status["federation"], status["running"]) == ("study", None)
     sites = [bench.start("run", "--kit", f"kits/site-{n}", "--", sys.executable, adding) for n in (1, 2)]
 
-    result = Job(app="adding", name="first", rounds=3).run(Production(kit="kits/lena", quiet=True))
+    records: list[Record] = []
+    production = Production(kit="kits/lena", quiet=True, trackers=[records.append])
+    result = Job(app="adding", name="first", rounds=3).run(production)
 
     assert (result.job, len(result.rounds)) == ("first", 3)
+    assert isinstance(records[0], Begin) and records[0].params["rounds"] == "3"
+    assert isinstance(records[-1], End) and records[-1].state == "finished"
+    points = [point for record in records if isinstance(record, Metrics) for point in record.points]
+    tracked = {(point.name, point.round): point.value for point in points if point.name.startswith("round/bytes")}
+    assert tracked == {
+        (f"round/{name}", item.round): float(getattr(item, name))
+        for item in result.rounds
+        for name in ("bytes_up", "bytes_down")
+    }
     model = read_tensors(Path(result.folder) / "model/model.safetensors")
     np.testing.assert_allclose(model["w"], np.full((4, 3), 3 * (10 + 2 * 20) / 30), rtol=1e-6)
     for process in sites:
