@@ -13,6 +13,7 @@ import numpy as np
 from fl_runtime.aggregation.metrics.pooling import to_json
 from fl_runtime.client.assignment import checked_config
 from fl_runtime.client.calls import PatientCalls, parsed
+from fl_runtime.client.pace import FramePace
 from fl_runtime.errors import ConfigError, ConnectionLostError, ProtocolError, TransferDamagedError
 from fl_runtime.text import METRIC_NAMES, is_metric_name, printable
 from fl_runtime.transport.shared import SharedFolder
@@ -196,7 +197,7 @@ class Uploads:
 
     Attributes:
         shared: Folder in which large payloads lie, if site and server share one.
-        frame_bytes: Size of the frames that a large payload is cut into.
+        frame_bytes: Most bytes of the frames that a large payload is cut into, if the server does not say.
         nbytes: Bytes of all messages and shared payloads so far.
     """
 
@@ -205,6 +206,7 @@ class Uploads:
         self._at_server = 0  # bytes of the current upload that the server has
         self.shared: SharedFolder | None = None
         self.frame_bytes = frames.FRAME_BYTES
+        self._pace = FramePace(frames.FRAME_BYTES)
         self.nbytes = 0
 
     def update(self, session: pb.Session, update: Update, inspected: Inspected | None) -> str:
@@ -226,6 +228,7 @@ class Uploads:
             shared=self.shared is not None,
             finite=inspected is not None and inspected.covers(update.arrays, update.extras),
             train_s=update.train_s,
+            waits=True,
         )
         part = pb.UpdatePart(update=header)
         small = manifest.nbytes <= frames.INLINE_BYTES
@@ -257,16 +260,17 @@ class Uploads:
             offset = _Offset()
             replies = self._calls.replies(method, self._messages(header, pieces, offset))
             try:
-                first = parsed(pb.SubmitReply, next(replies, b""))
+                first = _answer(replies)
                 if first.HasField("accepted"):
                     return first.accepted
                 self._at_server = first.send_from
                 if first.file:
                     self._write_shared(first.file, pieces)
+                self._pace = FramePace(min(first.frame_bytes, frames.FRAME_BYTES) or self.frame_bytes)
                 offset.give(sum(map(len, pieces)) if first.file else first.send_from)
             finally:
                 offset.give(None)  # in any case, so that the sending thread does not wait for ever
-        last = parsed(pb.SubmitReply, next(replies, b""))
+        last = _answer(replies)
         if not last.HasField("accepted"):
             raise ConnectionLostError("the server ended the call without an acknowledgement")
         return last.accepted
@@ -277,7 +281,8 @@ class Uploads:
         start = offset.wait()
         if start is None:
             return
-        for message in frames.frames(pieces, start, self.frame_bytes):
+        pace = self._pace
+        for message in pace.sent(frames.frames(pieces, start, pace.frame_bytes)):
             self.nbytes += len(message)
             yield message
             self._calls.progressed()
@@ -292,6 +297,15 @@ class Uploads:
             target[at : at + len(piece)] = piece
             at += len(piece)
         self.nbytes += nbytes
+
+
+def _answer(replies: Iterator[bytes]) -> pb.SubmitReply:
+    """The server's next reply that is more than a sign of life."""
+    for message in replies:
+        reply = parsed(pb.SubmitReply, message)
+        if not reply.HasField("waiting"):
+            return reply
+    raise ConnectionLostError("the server ended the call without an acknowledgement")
 
 
 class _Offset:

@@ -19,6 +19,7 @@ from fl_runtime.server.trainings.trainings import Trainings
 from fl_runtime.store.lock import FolderLock
 from fl_runtime.store.stores import FolderStore, Store
 from fl_runtime.transport.base import Service
+from fl_runtime.transport.turns import MEMORY_MIB
 from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.types import Listener, RunSettings, Strategy
 
@@ -61,6 +62,7 @@ class Server:
         virtual: VirtualSites | None = None,
         clock: Clock | None = None,
         store: Store | None = None,
+        memory_mib: int = MEMORY_MIB,
     ) -> None:
         """Open the job's folder, and recover the runs whose journals are there.
 
@@ -79,6 +81,8 @@ class Server:
             virtual: The sites, if they have no processes that call the server.
             clock: Measures absences and timeouts; None for this machine's.
             store: Keeps journals and tensors; None to keep them in the job's folder.
+            memory_mib: The server's own memory over gRPC, beside mapped files, in MiB; at least 128. Large transfers
+                take turns to stay below it.
 
         Raises:
             ConfigError: The settings cannot work, or the folder holds a run with other settings.
@@ -86,7 +90,7 @@ class Server:
         """
         check_settings(settings, strategy)
         self._lock = FolderLock(folder / "server")
-        self._host, self._port, self._tokens = host, port, dict(tokens)
+        self._host, self._port, self._tokens, self._memory_mib = host, port, dict(tokens), memory_mib
         self._events = Events(listeners)
         options = TrainingOptions(share, strategy, virtual, clock or SystemClock(), store or FolderStore())
         try:
@@ -111,7 +115,8 @@ class Server:
         from fl_runtime.transport.grpc import GrpcServer, tokens_to_names
 
         threads = _THREADS_PER_SITE * len(self._tokens) + _SPARE_THREADS
-        server = GrpcServer(self.service, tokens_to_names(self._tokens), threads, len(self._tokens))
+        authenticate, sites = tokens_to_names(self._tokens), len(self._tokens)
+        server = GrpcServer(self.service, authenticate, threads, sites, memory_mib=self._memory_mib)
         address = server.start(self._host, self._port)
         self._stop_serving = server.stop
         self.begin()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
+from fl_runtime.transport.turns import UNLIMITED, Turns
+
 METHODS = ("Join", "Register", "Attend", "Next", "Submit", "Score", "Files", "Leave", "Tunnel")
 """Calls within a job; their messages are protobuf (wire/fl/v1/federation.proto)."""
 CONTROL_METHODS = (
@@ -96,6 +98,7 @@ class Peer:
         address: The network address that it calls from, for the log.
         hang_up: Ends the call; may be called from any thread.
         account: Counts what the call costs.
+        turns: Who may transfer a large payload at full speed.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Peer:
     address: str = ""
     hang_up: Callable[[], object] = lambda: None
     account: Account = Unmetered()  # noqa: RUF009 (it has no state)
+    turns: Turns = UNLIMITED
 
 
 @dataclass(frozen=True)

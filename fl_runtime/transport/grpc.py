@@ -26,11 +26,12 @@ from fl_runtime.errors import (
     TransferDamagedError,
 )
 from fl_runtime.transport import integrity
-from fl_runtime.transport.addresses import Addresses
 from fl_runtime.transport.base import CONTROL_METHODS, METHODS, Call, Credentials, Peer, Service
 from fl_runtime.transport.malloc import keep_freed_memory
-from fl_runtime.transport.route import Route, find_route
+from fl_runtime.transport.routes.addresses import Addresses
+from fl_runtime.transport.routes.route import Route, find_route
 from fl_runtime.transport.tls import refuses_old_tls, server_credentials
+from fl_runtime.transport.turns import MEMORY_MIB, TransferMemory, Turns
 
 log = logging.getLogger(__name__)
 
@@ -62,25 +63,6 @@ _OPEN_PORT = [  # additional options of a server that strangers can reach
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 64),
 ]
-_NARROWEST_BYTES, _WIDEST_BYTES = 5 * 2**14, 7 * 2**20
-
-
-@dataclass(frozen=True)
-class _ReceiveMemory:
-    """The server's memory for data in transit from all sites.
-
-    A window of 7 MiB fills a line of 1 Gbit/s with a round-trip time of 58 ms.
-
-    Attributes:
-        total_bytes: Memory for all sites together.
-        site_bytes: Part of it that a site's connection, threads and TLS decryption take.
-    """
-
-    total_bytes: int
-    site_bytes: int
-
-
-_PLAIN, _ENCRYPTED = _ReceiveMemory(11 * 2**20, 2**17), _ReceiveMemory(15 * 2**20, 7 * 2**15)
 _ALL_METHODS = (*METHODS, *CONTROL_METHODS)
 _TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 _BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
@@ -264,6 +246,7 @@ class GrpcServer:
         sites: Expected number of sites, which share the memory for data in transit.
         credentials: Returns the server's credentials for mutual TLS 1.3. Only callers with a certificate of the same
             authority are accepted, and `Peer.certificate` says who they are.
+        memory_mib: The server's own memory, beside mapped files, in MiB. Large transfers take turns to stay below it.
     """
 
     def __init__(
@@ -273,20 +256,22 @@ class GrpcServer:
         threads: int,
         sites: int,
         credentials: Callable[[], Credentials] | None = None,
+        memory_mib: int = MEMORY_MIB,
     ) -> None:
         assert (authenticate is None) != (credentials is None)
         keep_freed_memory()
         self._credentials = credentials
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fl-server")
+        memory = TransferMemory.of(memory_mib, sites)
         self._server = grpc.server(
             self._pool,
             options=[
                 *_SERVER,
-                *_flow_control(sites, _ENCRYPTED if credentials else _PLAIN),
+                *_flow_control(memory.window_bytes),
                 *(_OPEN_PORT if credentials else []),
             ],
         )
-        self._handlers = _Handlers(service, authenticate)
+        self._handlers = _Handlers(service, authenticate, Turns(memory.turns))
         self._server.add_generic_rpc_handlers((self._handlers,))
 
     def start(self, host: str, port: int) -> str:
@@ -339,9 +324,8 @@ def tokens_to_names(tokens: Mapping[str, str]) -> Callable[[Mapping[str, str]], 
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str] | None) -> None:
-        self._authenticate = authenticate
-        self._service = service
+    def __init__(self, service: Service, authenticate: Callable[[Mapping[str, str]], str] | None, turns: Turns) -> None:
+        self._authenticate, self._service, self._turns = authenticate, service, turns
         self.old_tls_refused = False
         self._methods = {_path(m): grpc.stream_stream_rpc_method_handler(self._answer(m)) for m in _ALL_METHODS}
 
@@ -374,25 +358,23 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         if self._authenticate is not None:
             metadata = dict(context.invocation_metadata())
             name = self._authenticate(_undamaged(method, metadata))
-            return Peer(name, context.add_callback, hang_up=context.cancel)
+            return Peer(name, context.add_callback, hang_up=context.cancel, turns=self._turns)
         facts = context.auth_context()
         version = facts.get("ssl_tls_version", [b"TLSv1.3" if self.old_tls_refused else b"an unknown TLS"])[0].decode()
         fault = "" if version == "TLSv1.3" else f"its connection uses {version}"
         certificate: bytes = facts["x509_pem_cert"][0]  # present, since the TLS handshake requires one
-        return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel)
+        return Peer("", context.add_callback, certificate, fault, context.peer(), context.cancel, turns=self._turns)
 
 
-def _flow_control(sites: int, memory: _ReceiveMemory) -> list[tuple[str, int]]:
-    """Return the options that limit how much data the server receives ahead of need, per site.
+def _flow_control(window_bytes: int) -> list[tuple[str, int]]:
+    """Return the options that limit how much data of a call the server receives ahead of need.
 
     gRPC's own estimate would allow every connection 10 MB and more, so the server's memory would grow with the sites.
     """
-    share = memory.total_bytes // max(sites, 1) - memory.site_bytes
-    window = min(max(share, _NARROWEST_BYTES), _WIDEST_BYTES)
-    chunk = min(max(window // 16, 2**14), 2**20)
+    chunk = min(max(window_bytes // 16, 2**14), 2**20)
     return [
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", window),
+        ("grpc.http2.lookahead_bytes", window_bytes),
         ("grpc.experimental.tcp_read_chunk_size", chunk),
         ("grpc.experimental.tcp_max_read_chunk_size", chunk),
     ]

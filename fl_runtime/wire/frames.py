@@ -12,7 +12,7 @@ bytearray. A protobuf object would cost three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -25,7 +25,7 @@ from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.manifest import Manifest, TensorSpec
 
 FRAME_BYTES = 2 * 2**20
-_SHORTEST_FRAME_BYTES = 2**16
+SHORTEST_FRAME_BYTES = 2**16
 _FRAMES_BYTES = 2 * FRAME_BYTES
 _CHECKED_BYTES = 2**19  # with its copy, half of the cache of a typical core
 INLINE_BYTES = 2**20
@@ -36,8 +36,8 @@ _TAG = 0x7A
 def frame_bytes(sites: int) -> int:
     """Return the frame size in bytes for a number of sites.
 
-    The server holds one frame of every site, so frames become shorter as sites become more. Below 64 KiB the cost of
-    the calls would exceed that of the copies.
+    For servers without turns, which hold one frame of every site. Below 64 KiB the cost of the calls would exceed that
+    of the copies.
 
     Args:
         sites: Number of sites that exchange with one server.
@@ -45,7 +45,7 @@ def frame_bytes(sites: int) -> int:
     Returns:
         Data bytes per frame, between 64 KiB and 2 MiB.
     """
-    return min(max(_FRAMES_BYTES // max(sites, 1), _SHORTEST_FRAME_BYTES), FRAME_BYTES)
+    return min(max(_FRAMES_BYTES // max(sites, 1), SHORTEST_FRAME_BYTES), FRAME_BYTES)
 
 
 def frame(pieces: Sequence[memoryview]) -> bytes:
@@ -85,19 +85,21 @@ def frame_data(message: bytes) -> memoryview:
     return memoryview(message)[at:]
 
 
-def frames(pieces: Sequence[memoryview], start: int = 0, most: int = FRAME_BYTES) -> Iterator[bytes]:
+def frames(
+    pieces: Sequence[memoryview], start: int = 0, most: Callable[[], int] = lambda: FRAME_BYTES
+) -> Iterator[bytes]:
     """Cut a payload into frames; small tensors share a frame.
 
     Args:
         pieces: Flat views of bytes (format "B") that make up the payload, see `Manifest.pieces`.
         start: Offset of the first byte to send, when a transfer resumes.
-        most: Largest number of data bytes in a frame.
+        most: Returns the largest number of data bytes in the next frame.
 
     Yields:
         Frames in payload order.
     """
     batch: list[memoryview] = []
-    room = most
+    room = most()
     for piece in pieces:
         if start >= len(piece):
             start -= len(piece)
@@ -109,7 +111,7 @@ def frames(pieces: Sequence[memoryview], start: int = 0, most: int = FRAME_BYTES
             rest = rest[len(batch[-1]) :]
             if room == 0:
                 yield frame(batch)
-                batch, room = [], most
+                batch, room = [], most()
     if batch:
         yield frame(batch)
 

@@ -15,6 +15,7 @@ from fl_runtime.client import SiteClient, Welcome
 from fl_runtime.server import Server
 from fl_runtime.transport.base import Transport
 from fl_runtime.transport.memory import MemoryTransport
+from fl_runtime.transport.turns import MEMORY_MIB
 from fl_runtime.transport.waiting import Clock
 from fl_runtime.types import Arrays, CohortRules, Event, RunSettings, Task, Update
 from fl_runtime.wire.manifest import Manifest
@@ -191,13 +192,16 @@ def serving(
     port: int = 0,
     share: bool = False,
     clock: Clock | None = None,
+    memory_mib: int = MEMORY_MIB,
     **fields: Any,
 ) -> Iterator[Bench]:
     """Run a server, and end what is left of its run afterwards."""
     run = settings(sites, **fields)
     watch = Watch()
     tokens = {name: f"secret of {name}" for name in run.sites}
-    server = Server(run, folder, tokens, port=port, listeners=[watch], share=share, clock=clock)
+    server = Server(
+        run, folder, tokens, port=port, listeners=[watch], share=share, clock=clock, memory_mib=memory_mib
+    )
     if sockets:
         address = server.start()
     else:

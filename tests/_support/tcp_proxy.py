@@ -16,11 +16,11 @@ _CHUNK_BYTES = 2**16
 
 @dataclass
 class _Fault:
-    """A planned fault: once `at` bytes of a direction have passed, the connection is cut or a byte is changed."""
+    """A planned fault: after `at` bytes of a direction the connection is cut or stopped, or a byte is changed."""
 
     direction: Direction
     at: int
-    kind: Literal["cut", "damage"]
+    kind: Literal["cut", "damage", "stop"]
     flip: int = 0xFF
 
 
@@ -52,6 +52,8 @@ class TcpProxy:
         self.refuses = False  # new connections, while it is set
         self.deaf_next = 0  # so many new connections stand and carry nothing
         self._held_until = 0.0
+        self._flowing = threading.Event()
+        self._flowing.set()
         self._deaf: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -62,6 +64,7 @@ class TcpProxy:
 
     def __exit__(self, *_: object) -> None:
         self._listener.close()
+        self.go_on()
         self.cut()
 
     def counted(self) -> tuple[int, int]:
@@ -95,6 +98,14 @@ class TcpProxy:
         with self._lock:
             self._held_until = max(self._held_until, time.monotonic() + seconds)
 
+    def stop_after(self, direction: Direction, more_bytes: int) -> None:
+        """Hold all bytes back after this many further bytes, until `go_on`."""
+        self._plan(direction, more_bytes, "stop")
+
+    def go_on(self) -> None:
+        """Forward again what was held back."""
+        self._flowing.set()
+
     def deafen(self) -> None:
         """Keep the present connections open, but forward nothing on them any more; later ones work."""
         with self._lock:
@@ -118,7 +129,7 @@ class TcpProxy:
         for one in sockets:
             _close(one)
 
-    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage"], flip: int = 0xFF) -> None:
+    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage", "stop"], flip: int = 0xFF) -> None:
         with self._lock:
             self._faults.append(_Fault(direction, self._counts[direction] + more_bytes, kind, flip))
 
@@ -157,6 +168,7 @@ class TcpProxy:
                 data, cut = self._counted(line, data)
                 while (left := self._held_until - time.monotonic()) > 0:
                     time.sleep(left)
+                self._flowing.wait()
                 if source not in self._deaf:
                     sink.sendall(data)
                 if cut:
@@ -184,7 +196,10 @@ class TcpProxy:
                 if fault.kind == "cut":
                     data, cut = data[:place], True
                     break
-                data = _flipped(data, place, fault.flip)
+                if fault.kind == "stop":
+                    self._flowing.clear()
+                else:
+                    data = _flipped(data, place, fault.flip)
             self._counts[direction] = before + len(data)
             self._lock.notify_all()
             return data, cut

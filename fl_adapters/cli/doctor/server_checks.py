@@ -16,7 +16,7 @@ from fl_runtime.transport import proxies
 from fl_runtime.version import SERVER_NAME
 
 if TYPE_CHECKING:
-    from fl_runtime.transport.proxies import Proxy
+    from fl_runtime.transport.routes.proxies import Proxy
     from fl_runtime.transport.tls import ServerCertificate
     from fl_runtime.trust.kits import StartupKit
 
@@ -102,7 +102,7 @@ def _through(proxy: Proxy, address: str) -> Iterator[Check]:
 
 def _tls(kit: StartupKit, address: str) -> Iterator[Check]:
     """Check what answers at the end of the way: its TLS, whose certificate it shows, and for which name."""
-    from fl_runtime.transport.route import fault_of, greeting_name, is_name
+    from fl_runtime.transport.routes.route import fault_of, greeting_name, is_name
     from fl_runtime.transport.tls import server_certificate, shown_certificate
     from fl_runtime.trust.certificates import issuer_of
     from fl_runtime.trust.kits import CA

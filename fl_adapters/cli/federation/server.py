@@ -26,6 +26,7 @@ from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.store.stores import Storage
 from fl_runtime.transport.malloc import use_one_arena
 from fl_runtime.transport.tls_setting import only_tls_1_3
+from fl_runtime.transport.turns import MEMORY_MIB
 from fl_runtime.types import RunSettings
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(
     store_file: Path | None = None,
     log: LogOptions = STDERR,
     track: tuple[str, ...] = (),
+    memory_mib: int = MEMORY_MIB,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, or until the job of `job_file` ends. Raises the error of that job if it failed."""
     with report_errors(as_json), needs_trust_extra():
@@ -93,6 +95,7 @@ def run(
                     ),
                     syslog=syslog,
                     storage=storage,
+                    memory_mib=memory_mib,
                 )
                 try:
                     with watched.serving(server) if watched else nullcontext():

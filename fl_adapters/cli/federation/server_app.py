@@ -10,6 +10,7 @@ import typer
 
 from fl_adapters.cli.output import report_errors
 from fl_adapters.participant.kit import KIT_VARIABLE
+from fl_runtime.transport.turns import LEAST_MEMORY_MIB, MEMORY_MIB
 from fl_runtime.trust.files import STATE_VARIABLE
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -74,6 +75,14 @@ def serve(
             "several times."
         ),
     ] = None,
+    memory_mib: Annotated[
+        int,
+        typer.Option(
+            help="Own memory of the server in MiB, beside the files that it maps. Large transfers take turns to stay "
+            "below it.",
+            min=LEAST_MEMORY_MIB,
+        ),
+    ] = MEMORY_MIB,
     log_format: Annotated[str, typer.Option(help="Form of the server's own lines: text or json.")] = "text",
     log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
     log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
@@ -89,7 +98,8 @@ def serve(
 
     with report_errors(as_json):
         log = LogOptions.of(log_format, log_file, log_mb, log_keep)
-    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store, log, tuple(track or ())))
+    tracks = tuple(track or ())
+    sys.exit(command.run(kit, data or folder, listen, job, syslog, metrics, as_json, store, log, tracks, memory_mib))
 
 
 @server.command(epilog="\b\nExamples:\n  fl-adapters server backup /backups/monday --kit kits/server")

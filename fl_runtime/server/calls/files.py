@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from fl_runtime.errors import ProtocolError
@@ -55,7 +56,7 @@ class FilesCalls:
             )
             with self._spool.receiving(transfer):
                 yield pb.SubmitReply(send_from=transfer.receiver.arrived).SerializeToString()
-                receive_frames(transfer, requests)
+                yield from receive_frames(transfer, requests, peer.turns.ask(0), math.inf)  # they are small
                 for name, content in transfer.receiver.finish()[0].items():
                     model_files.check_contents(name, content.tobytes())
             with state.lock:

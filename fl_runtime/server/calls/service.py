@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -21,13 +21,14 @@ from fl_runtime.server.calls.files import FilesCalls
 from fl_runtime.server.calls.relay import Relay
 from fl_runtime.server.calls.requests import DescribedLimit, expected, first_request, next_part
 from fl_runtime.server.calls.software import SiteVersions, settings_for, told_in
-from fl_runtime.server.calls.spool import FairShare, NoRoomError, Spool, Transfer, receive_frames
+from fl_runtime.server.calls.spool import WAITING, FairShare, NoRoomError, Spool, Transfer, receive_frames
 from fl_runtime.server.calls.steps import StepReports, check_train_s
 from fl_runtime.server.courses.base import Offer, Upload
 from fl_runtime.server.registration import Registration, agreed_layout
 from fl_runtime.server.run import Run
 from fl_runtime.text import parse_json, printable
 from fl_runtime.transport.base import Peer
+from fl_runtime.transport.turns import UNLIMITED, Turn
 from fl_runtime.types import Content, Report, Summary, Terms, Update
 from fl_runtime.wire import finite, frames
 from fl_runtime.wire.fl.v1 import federation_pb2 as pb
@@ -39,6 +40,7 @@ BEAT_S = 10.0
 """Seconds between signs of life in a call that waits for a task, if the site does not ask for an interval."""
 _SHORTEST_BEAT_S = 0.1
 _COUNTED = ("used", "carried")
+_WAITING = pb.TaskPart(waiting=pb.Waiting()).SerializeToString()
 
 
 class FederationService:
@@ -219,10 +221,16 @@ class FederationService:
             peer.account.void()
         self._sent[peer.name] = task
         shared = request.shared and self._share and _is_large(offer)
+        turn = peer.turns.ask(offer.model.blob.manifest.nbytes if offer.model is not None and not shared else 0)
+        peer.when_gone(turn.end)
+        beat_s = _beat_s(request.session) or BEAT_S
         try:
-            for message in self._messages(offer, request, shared):
-                count += len(message)
-                yield message
+            with turn:
+                for message in self._messages(offer, request, shared, turn):
+                    yield from turn.beats(beat_s, _WAITING)
+                    count += len(message)
+                    yield message
+                    turn.moved(len(message))
             if shared and offer.model is not None:
                 next(requests, None)
                 count += offer.model.blob.manifest.nbytes
@@ -231,7 +239,7 @@ class FederationService:
                 self._state.models.release(offer.model)
             self._run.task_sent(offer.kind, offer.round, peer.name, count)
 
-    def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool) -> Iterator[bytes]:
+    def _messages(self, offer: Offer, request: pb.NextRequest, shared: bool, turn: Turn) -> Iterator[bytes]:
         header = pb.TaskHeader(
             job=self._state.settings.name,
             round=offer.round,
@@ -262,7 +270,9 @@ class FederationService:
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from frames.frames(pieces, header.offset, frames.frame_bytes(len(self._state.settings.sites)))
+        yield from frames.frames(
+            pieces, header.offset, lambda: frames.FRAME_BYTES if turn.held else frames.SHORTEST_FRAME_BYTES
+        )
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
@@ -281,12 +291,7 @@ class FederationService:
                 if payload.inline:
                     transfer.receiver.take(payload.inline[transfer.receiver.arrived :])
                 elif transfer.receiver.manifest.nbytes:
-                    shared = self._state.blobs.path(transfer.blob).name if header.shared and self._share else ""
-                    yield pb.SubmitReply(send_from=transfer.receiver.arrived, file=shared).SerializeToString()
-                    if shared:
-                        received += _await_filled_file(transfer, requests, finite=header.finite)
-                    else:
-                        received += receive_frames(transfer, requests)
+                    received += yield from self._receive(peer, header, transfer, requests)
                 arrays, extras = transfer.receiver.finish()
                 finite.refuse(transfer.receiver.not_finite, where=f"update of {name}, round {header.round}")
                 update = Update(
@@ -299,6 +304,23 @@ class FederationService:
         if status == "late":
             self._state.events.emit("update", header.round, name, status="late", bytes_up=header_bytes)
         yield pb.SubmitReply(accepted=pb.Accepted(status=status)).SerializeToString()
+
+    def _receive(
+        self, peer: Peer, header: pb.UpdateHeader, transfer: Transfer, requests: Iterator[bytes]
+    ) -> Generator[bytes, None, int]:
+        """Let a site send what is left of its payload, when its turn has come; returns the bytes received."""
+        start = transfer.receiver.arrived
+        if header.shared and self._share:
+            name = self._state.blobs.path(transfer.blob).name
+            yield pb.SubmitReply(send_from=start, file=name).SerializeToString()
+            return _await_filled_file(transfer, requests, finite=header.finite)
+        turns = peer.turns if header.waits else UNLIMITED  # sites of earlier versions send short frames
+        beat_s = _beat_s(header.session) or BEAT_S
+        with turns.ask(transfer.receiver.manifest.nbytes - start) as turn:
+            peer.when_gone(turn.end)
+            yield from turn.beats(beat_s, WAITING)
+            yield pb.SubmitReply(send_from=start, frame_bytes=frames.FRAME_BYTES).SerializeToString()
+            return (yield from receive_frames(transfer, requests, turn, beat_s))
 
     def _manifest(self, peer: Peer, header: pb.UpdateHeader) -> Manifest:
         """The manifest of an update, which must fit the tensors that the sites agreed on; extras may be added.

@@ -11,7 +11,7 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,13 +19,18 @@ from fl_runtime.errors import ConnectionLostError, FederationError, ProtocolErro
 from fl_runtime.server.calls.requests import expected
 from fl_runtime.store.blobs import UPLOAD, Blob, Blobs
 from fl_runtime.store.tensorfile import disk_error
+from fl_runtime.transport.turns import Turn
 from fl_runtime.wire import frames
+from fl_runtime.wire.fl.v1 import federation_pb2 as pb
 from fl_runtime.wire.frames import Receiver
 from fl_runtime.wire.manifest import Manifest
 
 _HEADROOM_BYTES = 16 * 2**20
 """Free space that uploads leave to the journal, the histories and the audit log."""
 _HANG_UP_S = 10.0
+WAITING = pb.SubmitReply(waiting=pb.Waiting()).SerializeToString()
+"""Sign of life to a site that waits for its turn."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,23 +72,32 @@ class Transfer:
     usual: bool
 
 
-def receive_frames(transfer: Transfer, requests: Iterator[bytes]) -> int:
+def receive_frames(
+    transfer: Transfer, requests: Iterator[bytes], turn: Turn, beat_s: float
+) -> Generator[bytes, None, int]:
     """Take frames until the payload is whole.
 
     Args:
         transfer: The transfer.
         requests: The messages of its call.
+        turn: Its turn.
+        beat_s: Seconds between signs of life to the site while the transfer waits for its turn.
+
+    Yields:
+        The signs of life.
 
     Returns:
         The bytes of the messages.
     """
     count = 0
     while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
+        yield from turn.beats(beat_s, WAITING)
         message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
         if not frames.is_frame(message):
             raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
         transfer.receiver.take(frames.frame_data(message))
         count += len(message)
+        turn.moved(len(message))
     return count
 
 

@@ -25,6 +25,7 @@ from fl_runtime.store.data_folder import DataFolder
 from fl_runtime.store.stores import Storage
 from fl_runtime.trainings import job_of
 from fl_runtime.transport.base import Peer
+from fl_runtime.transport.turns import MEMORY_MIB
 from fl_runtime.trust.audit import AuditLog, Witness
 from fl_runtime.trust.identity import Identity
 from fl_runtime.trust.kits import CRL, StartupKit
@@ -58,6 +59,7 @@ class FederationServer:
         listener_of: Callable[[str], Listener] | None = None,
         syslog: str = "",
         storage: Storage | None = None,
+        memory_mib: int = MEMORY_MIB,
     ) -> None:
         """Make a server that does not serve yet.
 
@@ -69,6 +71,8 @@ class FederationServer:
             listener_of: Makes the listener for the events of a job from the job's name.
             syslog: Address of a syslog server that gets every line of the audit log, too; "" for none.
             storage: Keeps runs, and copies of this server's files; None to keep all in the folder.
+            memory_mib: The server's own memory, beside mapped files, in MiB; at least 128. Large transfers of all jobs
+                take turns to stay below it.
 
         Raises:
             ConfigError: A file of the kit cannot be read, the folder holds jobs of another federation, or the address
@@ -76,7 +80,7 @@ class FederationServer:
             StoreError: The disk fails, or another server uses the folder.
         """
         self._kit = kit
-        self._listen = split_address(listen or kit.listen)
+        self._listen, self._memory_mib = split_address(listen or kit.listen), memory_mib
         self._data = DataFolder(folder, kit.identity.federation)
         try:
             self._open(kit, folder, read_job, listener_of, syslog, storage or Storage())
@@ -130,7 +134,7 @@ class FederationServer:
         sites = len(self.queue.sites) + _SITES_TO_COME
         threads = a_participant * (sites + 8)
         credentials = FileCredentials(self._kit.folder, lambda: self._roots.holders.outside.pem)
-        server = GrpcServer(self._guard, None, threads, sites, credentials)
+        server = GrpcServer(self._guard, None, threads, sites, credentials, self._memory_mib)
         with self.queue.changed:  # sites that call already wait until their jobs go on
             address = server.start(*self._listen)
             self._stop_serving = server.stop

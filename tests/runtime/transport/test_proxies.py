@@ -16,7 +16,7 @@ from study import until
 from fl_runtime.errors import ConfigError
 from fl_runtime.transport import proxies
 from fl_runtime.transport.grpc import GrpcTransport
-from fl_runtime.transport.proxies import proxy_of
+from fl_runtime.transport.routes.proxies import proxy_of
 
 DEAD = "http://127.0.0.1:9"
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy")

@@ -27,7 +27,7 @@ from fl_runtime.client.control import ControlClient
 from fl_runtime.client.kit_transport import KitTransport
 from fl_runtime.errors import ConnectionLostError
 from fl_runtime.store.tensorfile import read_tensors
-from fl_runtime.transport.proxies import ProxyError, open_connection
+from fl_runtime.transport.routes.proxies import ProxyError, open_connection
 from fl_runtime.trust.authority import Authority
 from fl_runtime.trust.kits import read_kit, write_kit
 from fl_runtime.types import Arrays, Task

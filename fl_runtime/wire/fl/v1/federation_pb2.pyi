@@ -286,7 +286,7 @@ class TaskPart(_message.Message):
     def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., task: _Optional[_Union[TaskHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared", "finite", "train_s")
+    __slots__ = ("session", "round", "stage", "base_version", "content", "encoding", "num_examples", "local_steps", "metrics_json", "payload", "shared", "finite", "train_s", "waits")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,7 @@ class UpdateHeader(_message.Message):
     SHARED_FIELD_NUMBER: _ClassVar[int]
     FINITE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     session: Session
     round: int
     stage: str
@@ -313,7 +314,8 @@ class UpdateHeader(_message.Message):
     shared: bool
     finite: bool
     train_s: float
-    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ..., finite: bool = ..., train_s: _Optional[float] = ...) -> None: ...
+    waits: bool
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_version: _Optional[int] = ..., content: _Optional[str] = ..., encoding: _Optional[str] = ..., num_examples: _Optional[int] = ..., local_steps: _Optional[int] = ..., metrics_json: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., shared: bool = ..., finite: bool = ..., train_s: _Optional[float] = ..., waits: bool = ...) -> None: ...
 
 class UpdatePart(_message.Message):
     __slots__ = ("update", "data")
@@ -324,14 +326,18 @@ class UpdatePart(_message.Message):
     def __init__(self, update: _Optional[_Union[UpdateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("send_from", "accepted", "file")
+    __slots__ = ("send_from", "accepted", "waiting", "file", "frame_bytes")
     SEND_FROM_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
+    FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     send_from: int
     accepted: Accepted
+    waiting: Waiting
     file: str
-    def __init__(self, send_from: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., file: _Optional[str] = ...) -> None: ...
+    frame_bytes: int
+    def __init__(self, send_from: _Optional[int] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., file: _Optional[str] = ..., frame_bytes: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("status", "kept_of", "differ")

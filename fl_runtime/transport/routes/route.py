@@ -7,7 +7,7 @@ import ssl
 from dataclasses import dataclass
 
 from fl_runtime.errors import ConnectionLostError
-from fl_runtime.transport.proxies import Proxy, ProxyError, host_of, is_loopback, open_connection, proxy_of
+from fl_runtime.transport.routes.proxies import Proxy, ProxyError, host_of, is_loopback, open_connection, proxy_of
 from fl_runtime.transport.tls import ServerCertificate, server_certificate
 from fl_runtime.version import SERVER_NAME
 

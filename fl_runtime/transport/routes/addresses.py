@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fl_runtime.transport.proxies import open_connection, proxy_of
+from fl_runtime.transport.routes.proxies import open_connection, proxy_of
 
 _CONNECT_S = 2.0
 
