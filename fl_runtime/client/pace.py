@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from fl_runtime.transport.waiting import Clock, SystemClock
 from fl_runtime.wire.frames import SHORTEST_FRAME_BYTES
 
-_LONG_S, _SHORT_S = 0.5, 0.1
+_LONG_S, _SHORT_S = 0.1, 0.025
 
 
 class FramePace:

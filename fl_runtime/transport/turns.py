@@ -23,10 +23,10 @@ SMALL_BYTES = 2**22
 TURN_BYTES = 2**27
 """How much a transfer brings in one turn if others wait, in bytes."""
 
-PACE_BYTES, PACE_S = 2**22, 1.0
-"""A transfer that needs longer for so many bytes is slow. 32 Mbit/s."""
+PACE_BYTES, PACE_S = 2**22, 0.25
+"""A transfer that needs longer for so many bytes is slow: one of less than 134 Mbit/s."""
 
-_SHARE_BYTES = 2**23  # of a transfer that has a turn: frames that arrive, are read and are decrypted
+_SHARE_BYTES = 12 * 2**20  # of a transfer that has a turn: frames that arrive, are read and are decrypted
 _LEAST_WINDOW_BYTES, _MOST_WINDOW_BYTES = 5 * 2**14, 7 * 2**20
 _OWN_MIB = 96
 MEMORY_MIB, LEAST_MEMORY_MIB = 256, 128

@@ -199,9 +199,7 @@ def serving(
     run = settings(sites, **fields)
     watch = Watch()
     tokens = {name: f"secret of {name}" for name in run.sites}
-    server = Server(
-        run, folder, tokens, port=port, listeners=[watch], share=share, clock=clock, memory_mib=memory_mib
-    )
+    server = Server(run, folder, tokens, port=port, listeners=[watch], share=share, clock=clock, memory_mib=memory_mib)
     if sockets:
         address = server.start()
     else:

@@ -129,7 +129,9 @@ class TcpProxy:
         for one in sockets:
             _close(one)
 
-    def _plan(self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage", "stop"], flip: int = 0xFF) -> None:
+    def _plan(
+        self, direction: Direction, more_bytes: int, kind: Literal["cut", "damage", "stop"], flip: int = 0xFF
+    ) -> None:
         with self._lock:
             self._faults.append(_Fault(direction, self._counts[direction] + more_bytes, kind, flip))
 

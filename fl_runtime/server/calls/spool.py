@@ -92,13 +92,19 @@ def receive_frames(
     count = 0
     while transfer.receiver.arrived < transfer.receiver.manifest.nbytes:
         yield from turn.beats(beat_s, WAITING)
-        message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
-        if not frames.is_frame(message):
-            raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
-        transfer.receiver.take(frames.frame_data(message))
-        count += len(message)
-        turn.moved(len(message))
+        nbytes = _take_frame(transfer, requests)
+        count += nbytes
+        turn.moved(nbytes)
     return count
+
+
+def _take_frame(transfer: Transfer, requests: Iterator[bytes]) -> int:
+    """Take the next frame, which is free again while the one after it arrives; returns its bytes."""
+    message = expected(requests, f"an upload ended after {transfer.receiver.arrived} bytes")
+    if not frames.is_frame(message):
+        raise ProtocolError(f"an upload has no frame after {transfer.receiver.arrived} bytes")
+    transfer.receiver.take(frames.frame_data(message))
+    return len(message)
 
 
 class Spool:

@@ -162,6 +162,7 @@ class CallAccount:
             self._messages += 1
             self._bytes += len(message)
             yield message
+            del message  # else it takes memory while the next one arrives
 
     @property
     def hold_s(self) -> float:

@@ -1,4 +1,4 @@
-"""The memory of a server over gRPC is the same for few sites and for many."""
+"""The memory of a server over gRPC stays within its budget, whatever the number of sites."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fl_runtime.transport.turns import MEMORY_MIB
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figures of a process")
@@ -54,7 +56,6 @@ def test_all_threads_of_a_server_take_memory_from_one_heap() -> None:
 
 @LINUX
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "mutual TLS"])
-def test_sixteen_sites_take_no_more_of_the_servers_memory_than_two(plain: bool) -> None:
-    code = "import memory; print(memory.most_of_server({}, 16, plain={}).own_mib)"
-    two, sixteen = (float(of_python(code.format(n, plain))) for n in (2, 16))
-    assert sixteen < 1.25 * two  # one server each, on a busy machine; benchmarks/memory.py takes several, and 5 %
+def test_large_models_of_32_sites_take_no_more_of_the_servers_memory_than_it_may_have(plain: bool) -> None:
+    code = f"import memory; print(memory.most_of_server(32, 16, plain={plain}).own_mib)"
+    assert float(of_python(code)) < MEMORY_MIB
