@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_adapters.cli.doctor.checks import Check
 from fl_runtime.errors import ConfigError, ConnectionLostError, FederationError
-from fl_runtime.transport import proxies
+from fl_runtime.transport.routes import proxies
 from fl_runtime.version import SERVER_NAME
 
 if TYPE_CHECKING:
