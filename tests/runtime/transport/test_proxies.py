@@ -14,8 +14,8 @@ from middle import ConnectProxy
 from study import until
 
 from fl_runtime.errors import ConfigError
-from fl_runtime.transport import proxies
 from fl_runtime.transport.grpc import GrpcTransport
+from fl_runtime.transport.routes import proxies
 from fl_runtime.transport.routes.proxies import proxy_of
 
 DEAD = "http://127.0.0.1:9"
