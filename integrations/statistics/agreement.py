@@ -14,7 +14,7 @@ from fl_runtime.text import parse_json
 from fl_runtime.types import StatisticsRules
 
 from .columns import Column, Kind, Table
-from .protection import NO_SUCH_COLUMN, pooled_categories, reason_to_keep_back, reason_to_stay_out
+from .protection import NO_SUCH_COLUMN, is_allowed, pooled_categories, reason_to_keep_back, reason_to_stay_out
 from .question import Question
 from .result import Absence
 
@@ -62,7 +62,7 @@ class _Told:
 
     sites: dict[str, _SiteCard] = field(default_factory=dict)
     columns: dict[str, dict[str, _ColumnCard]] = field(default_factory=dict)  # column -> site -> card
-    absences: list[Absence] = field(default_factory=list)
+    absences: dict[tuple[str, str], Absence] = field(default_factory=dict)  # by site and column
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,14 @@ def agree(federation: Federation, table: Table, rules: StatisticsRules, question
     shown = {} if stays_out else _shown(table, rules)
     for place, (name, column) in enumerate(shown.items()):
         lines.append(["column", own, name, place, column.kind, column.sketch.shift])
+    kept = {} if stays_out else _kept_back([*table.columns, *table.skipped], shown, table, rules)
+    lines += [["absence", own, name, reason] for name, reason in kept.items() if is_allowed(name, rules)]
     _read(large_union(federation, [json.dumps(line) for line in lines]), told, question)
     members = _members(told)
 
     names = dict.fromkeys([*told.columns, *(question.features or ())])
-    reasons = {} if stays_out else {n: reason_to_keep_back(table.columns.get(n), n, table, rules) for n in names}
-    more = [["absence", own, name, reason] for name, reason in reasons.items() if name not in shown]
+    kept = {} if stays_out else _kept_back(names, shown, table, rules)
+    more = [["absence", own, name, reason] for name, reason in kept.items()]
     for name in shown:
         if own in members.by_column[name] and _kind(told.columns[name]) == "categorical":
             more += [["category", name, text] for text in pooled_categories(shown[name], rules.smallest_count)[0]]
@@ -123,6 +125,13 @@ def agree(federation: Federation, table: Table, rules: StatisticsRules, question
 
 def _shown(table: Table, rules: StatisticsRules) -> dict[str, Column]:
     return {n: c for n, c in table.columns.items() if not reason_to_keep_back(c, n, table, rules)}
+
+
+def _kept_back(
+    names: Iterable[str], shown: Mapping[str, Column], table: Table, rules: StatisticsRules
+) -> dict[str, str]:
+    """Return why the site keeps back each of the columns that it does not show."""
+    return {n: reason_to_keep_back(table.columns.get(n), n, table, rules) for n in names if n not in shown}
 
 
 def _read(lines: Iterable[str], told: _Told, question: Question) -> dict[str, list[str]]:
@@ -140,7 +149,7 @@ def _read(lines: Iterable[str], told: _Told, question: Question) -> dict[str, li
             case ["column", str(site), str(name), int(place), "numeric" | "categorical" | "empty" as kind, int(shift)]:
                 told.columns.setdefault(name, {})[site] = _ColumnCard(site, name, place, kind, min(max(shift, 0), 63))
             case ["absence", str(site), str(name), str(reason)]:
-                told.absences.append(Absence(site, name, reason))
+                told.absences[site, name] = Absence(site, name, reason)
             case ["category", str(name), str(text)]:
                 categories.setdefault(name, []).append(text)
             case _:
@@ -170,7 +179,7 @@ def _parsed(line: str) -> Any:
 def _check_names(told: _Told, question: Question) -> None:
     """Raise the error for a column that `features` names and no site has."""
     absent: dict[str, set[str]] = {}
-    for absence in told.absences:
+    for absence in told.absences.values():
         absent.setdefault(absence.feature, set()).add(absence.reason)
     for name in question.features or ():
         if name not in told.columns and absent.get(name, set()) <= {NO_SUCH_COLUMN} and _takes_part(told):
@@ -230,7 +239,7 @@ def _members(told: _Told) -> _Members:
 def _plan(told: _Told, members: _Members, categories: Mapping[str, Sequence[str]]) -> Plan:
     by_column = {name: sites for name, sites in members.by_column.items() if sites}
     kinds = {name: _kind(told.columns[name]) for name in by_column}
-    absences = [*members.absences, *(absence for absence in told.absences if absence.site in members.sites)]
+    absences = [*members.absences, *(absence for absence in told.absences.values() if absence.site in members.sites)]
     return Plan(
         members.sites,
         kinds,

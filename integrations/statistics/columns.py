@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import narwhals as nw
@@ -48,6 +48,22 @@ class Column:
         self.categories: Counter[str] = Counter()
         self.too_many = self.too_large = False
         self._low, self._high = math.inf, -math.inf
+
+    @classmethod
+    def of_numbers(cls, name: str, values: Array, counts: Array, missing: int) -> Column:
+        """Return a column of numbers, each of which occurs so often."""
+        made = cls(name, categorical=False)
+        made.kind, made.count, made.missing = "numeric", int(counts.sum()), missing
+        made.sketch.add(values[counts > 0], counts[counts > 0].astype(np.int64))
+        return made
+
+    @classmethod
+    def of_categories(cls, name: str, categories: Mapping[str, int], count: int, missing: int) -> Column:
+        """Return a column with so many values, of which some categories are known."""
+        made = cls(name, categorical=True)
+        made.kind, made.count, made.missing = "categorical", count, missing
+        made.categories.update(categories)
+        return made
 
     def add(self, series: Any) -> Array | None:
         """Take the rows of a chunk; return them as float64 with NaN for missing ones if the column is numeric."""
@@ -142,6 +158,19 @@ class Table:
                     values[:, number] = found
             self.products = self.products.plus(values)
             self.rows += len(part)
+
+    def add_products(self) -> None:
+        """Set the products of each column with itself, from the values of the columns."""
+        self.products = Products.empty(len(self.columns))
+        for number, column in enumerate(self.columns.values()):
+            if column.kind == "numeric" and column.count:
+                values, weights = column.values()
+                centre = float(values[len(values) // 2])
+                self.products.centre[number] = centre
+                for part, power in zip((self.products.total, self.products.square), (1, 2), strict=True):
+                    part[number, number] = float(((values - centre) ** power) @ weights)
+                self.products.count[number, number] = float(weights.sum())
+                self.products.product[number, number] = self.products.square[number, number]
 
     def _begin(self, frame: Any, features: Sequence[str] | None, categorical: Sequence[str]) -> None:
         wanted = frame.columns if features is None else [name for name in features if name in frame.columns]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import fl_adapters
 from fl_adapters.loop.federation import Federation, SameSites
+from fl_adapters.participant.kit import current_kit
+from fl_adapters.participant.policy_gate.statistics import statistics_rules
 from fl_runtime.types import StatisticsRules
 
 from .agreement import agree
 from .columns import Table, read_table
+from .noise import with_noise
 from .per_site import tell_each_other
 from .question import Question, ask
 from .result import Statistics
@@ -71,7 +75,8 @@ def describe(
         ```
     """
     question = ask(features, categorical, bins, quantiles, correlations, BINS)
-    rules = StatisticsRules(smallest_count=smallest_count)
+    rules = statistics_rules(current_kit(kit))
+    rules = replace(rules, smallest_count=max(rules.smallest_count, smallest_count))
     table = read_table(data, question.features, question.categorical)
     if federation is not None:
         steady = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
@@ -81,6 +86,7 @@ def describe(
 
 
 def _over(federation: Federation, table: Table, rules: StatisticsRules, question: Question) -> Statistics:
+    table = with_noise(table, rules) if rules.epsilon is not None else table
     plan = agree(federation, table, rules, question)
     own = Share(table, plan, federation.site.name, rules.smallest_count)
     totals = add_up(federation, plan, own, question)

@@ -24,9 +24,14 @@ def reason_to_stay_out(table: Table, rules: StatisticsRules) -> str:
     return ""
 
 
+def is_allowed(name: str, rules: StatisticsRules) -> bool:
+    """Return whether a site's policy allows a column."""
+    return rules.features is None or any(fnmatchcase(name, pattern) for pattern in rules.features)
+
+
 def reason_to_keep_back(column: Column | None, name: str, table: Table, rules: StatisticsRules) -> str:
     """Return why a site keeps back a column, as the end of a sentence; "" if it does not."""
-    if rules.features is not None and not any(fnmatchcase(name, pattern) for pattern in rules.features):
+    if not is_allowed(name, rules):
         return "its policy does not allow this column"
     if column is None:
         return f"the column {table.skipped[name]}" if name in table.skipped else NO_SUCH_COLUMN

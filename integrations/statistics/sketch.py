@@ -23,15 +23,19 @@ class Sketch:
         self._counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._shift = 0
 
-    def add(self, values: Array) -> None:
+    def add(self, values: Array, counts: npt.NDArray[np.int64] | None = None) -> None:
         """Count values.
 
         Args:
             values: Finite values, float64, one dimension.
+            counts: How often each of them occurs, if they are sorted and different; None for once.
         """
         if not len(values):
             return
-        found, often = np.unique(to_bits(values) >> np.uint64(self._shift), return_counts=True)
+        if counts is None:
+            found, often = np.unique(to_bits(values) >> np.uint64(self._shift), return_counts=True)
+        else:
+            found, often = to_bits(values) >> np.uint64(self._shift), counts
         self._keys, self._counts = _merged(np.concatenate([self._keys, found]), np.concatenate([self._counts, often]))
         while len(self._keys) > MOST_CELLS:
             self._shift += 1

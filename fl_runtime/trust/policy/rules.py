@@ -16,6 +16,7 @@ from fl_runtime.trust.policy.cohort import CohortPolicy
 from fl_runtime.trust.policy.disclosure import DisclosurePolicy
 from fl_runtime.trust.policy.files import FilesPolicy
 from fl_runtime.trust.policy.refusal import denied
+from fl_runtime.trust.policy.statistics import StatisticsPolicy
 from fl_runtime.trust.project import findings
 from fl_runtime.types import CohortRules, RunSettings
 from fl_runtime.yaml_files import read_yaml
@@ -81,6 +82,12 @@ share_files: true
 # Whether the server is told, at most once a second, how far this site is within a round (its steps of the budget), and
 # with each update for how long it has trained. Those who follow the job see it. `false` tells neither.
 # progress: false
+
+# What statistics (`fl_adapters.statistics`, `fl-adapters stats`) may tell of this site's rows: no number of fewer rows
+# than smallest_count, of which columns, and whether others see this site's alone. With epsilon, noise is added to every
+# count, and columns of numbers need bounds. `statistics: false` tells nothing. Without this line, smallest_count is 10
+# and per_site is false.
+# statistics: {smallest_count: 10, per_site: false, features: ["age", "lab_*"], epsilon: 1.0, bounds: {age: [0, 110]}}
 
 # Largest update of one round, in bytes.
 # max_round_bytes: 100_000_000
@@ -207,6 +214,7 @@ class Policy(_Part):
         progress: Whether the server is told how far the site is within a round, and for how long it has trained.
         share_files: Name patterns (`fnmatch`) of the small files beside a model, such as config.json and a tokenizer,
             that may go to the server with the final model. In the file, `true` stands for all and `false` for none.
+        statistics: What statistics may tell of the site's rows. In the file, `false` stands for nothing.
         max_round_bytes: Largest update of one round, in bytes; None does not limit it.
         reasons: Whether the site may send the text of an error or of another reason when it leaves. It may quote data.
         info: Whether the site may send the versions of its software.
@@ -242,6 +250,7 @@ class Policy(_Part):
     site_metrics: bool = True
     progress: bool = True
     share_files: tuple[str, ...] = ()
+    statistics: StatisticsPolicy = StatisticsPolicy()
     max_round_bytes: int | None = Field(default=None, ge=0)
     reasons: bool = False
     info: bool = True
@@ -286,6 +295,11 @@ class Policy(_Part):
     def data_for(self, app: str) -> str | None:
         """Return where this site's data for an app lie, or None if the rules do not say."""
         return self.data.get(app) if isinstance(self.data, Mapping) else self.data
+
+    @field_validator("statistics", mode="before")
+    @classmethod
+    def _allowed_or_not(cls, value: Any) -> Any:
+        return {"allowed": value} if isinstance(value, bool) else value
 
     @property
     def files(self) -> FilesPolicy:

@@ -214,6 +214,14 @@ def test_the_document_is_json_without_nan() -> None:
     assert list(found.to_pandas().index) == ["x", "t", "one"]
 
 
+def test_a_column_without_statistics_is_named() -> None:
+    found = describe(pd.DataFrame({"x": [1.0, 2.0], "when": pd.to_datetime(["2026-01-01", "2026-01-02"])}))
+    assert list(found.features) == ["x"]
+    assert [(a.feature, a.reason.partition("(")[0]) for a in found.absences] == [
+        ("when", "the column has the type Datetime")
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
