@@ -18,12 +18,14 @@ Aggregation with (Poly)Logarithmic Overhead" (sparse graph).
 One stage of one round, with u and v for sites:
 
 1. Each site makes keys for the run, an X25519 and an Ed25519 pair, and signs them with its certificate (`public`).
-2. `begin`: u draws two seeds, b_u and K_u. The seed of a pair of neighbours comes from their X25519 keys and the stage.
-   K_u encrypts the list of u's pair seeds, for the server to store. b_u and K_u are shared among u's holders, which are
-   its neighbours and itself; t of them are needed to open one. Each share is encrypted for its holder.
+2. `begin`, or `begin_next` in the round before: u draws two seeds, b_u and K_u. The seed of a pair of neighbours comes
+   from their X25519 keys and the stage. K_u encrypts the list of u's pair seeds, for the server to store. b_u and K_u
+   are shared among u's holders, which are its neighbours and itself; t of them are needed to open one. Each share is
+   encrypted for its holder.
 3. `mask`: u adds the streams of b_u and of its pair seeds to its vectors; the smaller name of a pair adds, the larger
    one subtracts, so that pair masks cancel in the sum.
-4. `agree`: u signs who the survivors are, those whose vectors have arrived.
+4. `agree`: u signs who the survivors are, those whose vectors have arrived. Below 32 sites this step is left out if
+   nobody drops out: with its vector, u has signed that all survive (`sign_all`).
 5. `reveal`: when t of u's holders have signed the same, u reveals its shares of b_v for each survivor v, or of K_v for
    each site v that has dropped out. Never both.
 6. The server removes the masks that have not cancelled.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from fl_runtime.errors import ConfigError, ProtocolError
 from fl_runtime.secure_sum.context import Context, label
-from fl_runtime.secure_sum.graph import Graph
+from fl_runtime.secure_sum.graph import Graph, degree
 from fl_runtime.secure_sum.messages import KeysMessage
 from fl_runtime.secure_sum.primitives import is_signed
 
@@ -27,6 +27,7 @@ class Roster:
     Attributes:
         names: The participants in order.
         digest: SHA-256 of the stage, the participants and their keys.
+        is_complete: Whether every participant is a neighbour of every other one.
 
     Raises:
         ConfigError: If the round or the stage cannot be named.
@@ -45,6 +46,7 @@ class Roster:
         listed = [[name, keys[name].exchange.hex(), keys[name].signing.hex()] for name in self.names]
         self.digest = hashlib.sha256(self.label("roster", listed)).digest()
         self._graph = Graph(self.names, self.digest)
+        self.is_complete = degree(len(self.names)) == len(self.names) - 1
         self._numbers = {name: number for number, name in enumerate(self.names, 1)}
 
     def label(self, purpose: str, *parts: object) -> bytes:

@@ -20,8 +20,9 @@ from fl_runtime.types import Array
 class ServerSums:
     """One stage of one round at the server. It holds no secret.
 
-    The order of calls: `add_shares` for each site, `deliver` to each, `survivors` when the vectors are in,
-    `add_signature` for each, `signatures` to each, `add_reveal` until there are `enough`, `unmask`.
+    The order of calls: `add_shares` for each site, `deliver` to each, `add_signature_of_all` for those that send one,
+    `survivors` when the vectors are in, `add_signature` for each unless all of them `may_reveal`, `signatures` to each,
+    `add_reveal` until there are `enough`, `unmask`.
 
     Args:
         context: The run.
@@ -44,6 +45,7 @@ class ServerSums:
         self._survivors: tuple[str, ...] | None = None
         self._agreement = b""
         self._signatures: dict[str, bytes] = {}
+        self._signatures_of_all: dict[str, bytes] = {}
         self._reveals: dict[str, RevealMessage] = {}
         self._opened: tuple[list[bytes], list[bytes]] | None = None
 
@@ -116,7 +118,25 @@ class ServerSums:
             )
         self._delivered = True
         self._survivors, self._agreement = found, self._roster.agreement(self.cohort, found)
+        if found == self.cohort:
+            self._signatures = self._signatures_of_all | self._signatures
         return found
+
+    def add_signature_of_all(self, site: str, signature: bytes) -> None:
+        """Take a site's signature that the whole cohort survives. It counts if `survivors` finds them all.
+
+        Args:
+            site: Who sent it.
+            signature: What its `SiteSums.sign_all` returned.
+
+        Raises:
+            ProtocolError: If it is not that site's signature of the cohort.
+        """
+        self._member(site)
+        agreement = self._roster.agreement(self.cohort, self.cohort)
+        if not self._delivered or not self._roster.has_agreed(site, agreement, checked_signature(site, signature)):
+            self._refuse(site, "has signed another cohort, or with another key")
+        self._signatures_of_all[site] = bytes(signature)
 
     def add_signature(self, site: str, signature: bytes) -> None:
         """Take a site's signature of the survivors.

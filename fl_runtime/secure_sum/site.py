@@ -33,6 +33,7 @@ class _Stage:
     message: bytes
     cohort: frozenset[str] = frozenset()
     masked: set[str] = field(default_factory=set)
+    signed_all: bool = False
     survivors: tuple[str, ...] = ()
 
 
@@ -101,12 +102,31 @@ class SiteSums:
         """
         if publics.get(self._site) != self.public:
             self._refuse("the participants do not include this site with its own keys", round, stage, _ASK)
-        if len(publics) < self._rules.min_cohort:
-            self._refuse(
-                f"min_cohort={self._rules.min_cohort} of this site: only {len(publics)} participate", round, stage
-            )
-        self._signed.check_begin(round, stage, publics)
-        roster = Roster(self._context, round, stage, {name: self._checked(name, publics[name]) for name in publics})
+        return self._begin(round, stage, {name: self._checked(name, publics[name]) for name in publics})
+
+    def begin_next(self, round: int, stage: str, next_stage: str) -> bytes:
+        """Begin a stage of the next round among the cohort of this one, as `begin` would with the same keys.
+
+        Args:
+            round: Number of the round under way, whose vectors this site has masked.
+            stage: Name of the stage under way.
+            next_stage: Name of the stage in the next round.
+
+        Returns:
+            The message for the server.
+
+        Raises:
+            PermissionDeniedError: If a rule of this site forbids it.
+        """
+        state = self._masked_stage(round, stage)
+        return self._begin(round + 1, next_stage, {name: state.roster.keys(name) for name in state.cohort})
+
+    def _begin(self, round: int, stage: str, keys: Mapping[str, KeysMessage]) -> bytes:
+        if len(keys) < self._rules.min_cohort:
+            rule = f"min_cohort={self._rules.min_cohort} of this site"
+            self._refuse(f"{rule}: only {len(keys)} participate", round, stage)
+        self._signed.check_begin(round, stage, keys)
+        roster = Roster(self._context, round, stage, keys)
         known = self._stages.get((round, stage))
         if known is not None:
             if known.roster.digest != roster.digest:
@@ -156,6 +176,25 @@ class SiteSums:
         for name, vector in vectors.items():
             add_masks(vector, ring, self._context, name, added, subtracted)
 
+    def sign_all(self, round: int, stage: str) -> bytes:
+        """Sign that the whole cohort survives, before anybody knows whether it does.
+
+        The signature spares the step `agree` if nobody drops out. It binds this site to nothing until it reveals shares
+        for the whole cohort, so `agree` may still name others. docs/secure-sum.md says why that is safe.
+
+        Args:
+            round: Number of the round.
+            stage: Name of the stage.
+
+        Returns:
+            The signature; b"" if the graph is sparse, where it would not be safe, or if no vector was masked.
+        """
+        state = self._masked_stage(round, stage)
+        if not state.roster.is_complete or not state.masked:
+            return b""
+        state.signed_all = True
+        return self._keys.sign(statement(state.roster.agreement(state.cohort, state.cohort)))
+
     def agree(self, round: int, stage: str, survivors: Sequence[str]) -> bytes:
         """Sign who the survivors of a stage are, once `keep` has written it down.
 
@@ -179,13 +218,15 @@ class SiteSums:
             self._refuse(f"min_cohort={self._rules.min_cohort} of this site: {len(named)} survive", round, stage)
         if self._site in named and not state.masked:
             self._refuse("this site has masked no vector, and cannot be a survivor", round, stage, _ASK)
-        self._signed.sign(round, stage, named)
-        self._keep(self.record())
-        state.survivors = named
+        self._check_neighbours(state, set(named))
+        self._commit(state, named)
         return self._keys.sign(statement(state.roster.agreement(state.cohort, named)))
 
     def reveal(self, round: int, stage: str, signatures: Mapping[str, bytes]) -> bytes:
         """Reveal this site's shares: of the seeds b of survivors, and of the keys K of dropped sites.
+
+        The survivors are those of `agree`. Without that call they are the whole cohort, if `sign_all` has signed it;
+        `keep` has written that down before shares are returned.
 
         Args:
             round: Number of the round.
@@ -199,9 +240,9 @@ class SiteSums:
             PermissionDeniedError: If fewer of this site's holders than its threshold have signed the same survivors.
         """
         state = self._masked_stage(round, stage)
-        if not state.survivors:
+        if not state.survivors and not state.signed_all:
             self._refuse("shares are revealed after this site has agreed to survivors", round, stage)
-        roster, survivors = state.roster, set(state.survivors)
+        roster, survivors = state.roster, set(state.survivors or state.cohort)
         agreement = roster.agreement(state.cohort, survivors)
         holders = roster.holders(self._site)
         needed = self._rules.needed(len(holders))
@@ -222,6 +263,8 @@ class SiteSums:
                 stage,
                 _ASK if others else "it works once more sites have answered",
             )
+        if not state.survivors:
+            self._commit(state, tuple(sorted(survivors)))
         own = {name: state.shares[name][0] for name in holders if name in survivors}
         dropped = [name for name in self._partners(state, state.cohort) if name not in survivors]
         return RevealMessage(agreement, own, {name: state.shares[name][1] for name in dropped}).encode(round, stage)
@@ -324,6 +367,28 @@ class SiteSums:
                 roster.stage,
             )
         self._signed.check_begin(roster.round, roster.stage, cohort)
+
+    def _check_neighbours(self, state: _Stage, survivors: set[str]) -> None:
+        """Refuse survivors one of whom has lost so many neighbours that pair masks might not hide it."""
+        roster = state.roster
+        if roster.is_complete:
+            return
+        for name in survivors:
+            holders = roster.holders(name)
+            needed = (self._rules.needed if name == self._site else SumRules().needed)(len(holders))
+            if len(survivors.intersection(holders)) < needed:
+                self._refuse(
+                    f"fewer than {needed} of the {len(holders)} holders of {name} survive: the sum would hardly hide "
+                    "its vector",
+                    roster.round,
+                    roster.stage,
+                )
+
+    def _commit(self, state: _Stage, survivors: tuple[str, ...]) -> None:
+        """Bind this site to the survivors of a round, on disk too."""
+        self._signed.sign(state.roster.round, state.roster.stage, survivors)
+        self._keep(self.record())
+        state.survivors = survivors
 
     def _partners(self, state: _Stage, cohort: frozenset[str]) -> list[str]:
         return [name for name in state.roster.neighbours(self._site) if name in cohort]

@@ -140,7 +140,7 @@ def _encoded(name: str, array: Array, weight: float, ring: Ring, where: str) -> 
             fix="keep_local= leaves it out",
         )
     encoded, flat = ring.zeros(array.shape), array.reshape(-1)
-    target = encoded.reshape(-1)
+    target, scale = encoded.reshape(-1).view(np.int64), weight * 2.0**ring.fraction_bits
     for start in range(0, flat.size, _BLOCK):  # a block stays in the cache for all of its steps
         wide = flat[start : start + _BLOCK].astype(np.float64)
         largest = max(wide.max(), -wide.min())
@@ -150,8 +150,9 @@ def _encoded(name: str, array: Array, weight: float, ring: Ring, where: str) -> 
                 where=where,
                 fix="look whether the training diverges; keep_local= leaves a tensor out that is meant to be so large",
             )
-        wide *= weight
-        target[start : start + _BLOCK] = ring.encode(wide)
+        wide *= scale
+        np.rint(wide, out=wide)
+        np.copyto(target[start : start + _BLOCK], wide, casting="unsafe")  # it fits: `Rings.for_sites` has seen to it
     return encoded
 
 

@@ -16,7 +16,7 @@ from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
 from fl_runtime.filters.server import ServerFilters, applied_filters
 from fl_runtime.secure_sum.requirements import check_secure_sum
-from fl_runtime.secure_sum.travelling import MASKED
+from fl_runtime.secure_sum.travelling import MASKED, without_messages
 from fl_runtime.server.models import Models
 from fl_runtime.server.records.events import Emitter
 from fl_runtime.server.records.results import RoundResult
@@ -255,7 +255,7 @@ class RunState:
         self, update: Update, status: str, *, round: int, seconds: float, bytes_up: int, bytes_down: int
     ) -> None:
         """Emit the event of an update that arrived `seconds` into its round; wake the thread that drives the run."""
-        ran = applied_filters(update.encoding)
+        ran = without_messages(applied_filters(update.encoding))
         masked = bool(ran) and ran[-1].get("name") == MASKED
         counts = {} if masked else {"num_examples": update.num_examples, "local_steps": update.local_steps}
         self.events.emit(
@@ -269,7 +269,7 @@ class RunState:
             bytes_down=bytes_down,
             seconds=seconds,
             **({"train_s": update.train_s} if update.train_s else {}),
-            **({"filters": list(ran)} if ran else {}),
+            **({"filters": ran} if ran else {}),
         )
         self.changed.notify_all()
 

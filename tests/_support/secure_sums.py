@@ -53,6 +53,15 @@ class Sums:
                 self.sites[name].mask(self.round, self.stage, self.server.deliver(name), mine, ring)
                 self.masked[name] = mine
 
+    def sign_all(self, lost: Collection[str] = ()) -> tuple[str, ...]:
+        """Have all that masked sign that nobody drops out, and return the survivors."""
+        for name in self.masked:
+            if name not in lost:
+                signature = self.sites[name].sign_all(self.round, self.stage)
+                if signature:
+                    self.server.add_signature_of_all(name, signature)
+        return self.server.survivors(list(self.masked))
+
     def agree(self, lost: Collection[str] = ()) -> tuple[str, ...]:
         """Have the survivors signed by all that are there."""
         survivors = self.server.survivors(list(self.masked))

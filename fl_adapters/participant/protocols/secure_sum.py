@@ -2,7 +2,8 @@
 
 Before a site trains, it exchanges keys and sealed shares of its masks with the others, through the server. It masks its
 update, and when the server names the sites whose updates are there, it agrees with the others on that list and reveals
-what removes the masks that are left. `fl_runtime.secure_sum` has the protocol.
+what removes the masks that are left. Shares for the next round leave with the update, and so does a signature that all
+sites are there. `fl_runtime.secure_sum` has the protocol.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fl_runtime.client import SiteClient
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.secure_sum import SiteSums
-from fl_runtime.secure_sum.travelling import ANSWER, as_message, as_text, masked_encoding
+from fl_runtime.secure_sum.travelling import ANSWER, MOST_SHARES_BYTES, MaskedMark, as_message, as_text
 from fl_runtime.secure_sum.vectors import Rings, vectors_of
 from fl_runtime.types import Arrays, Report, Settings, Task, Update
 
@@ -150,8 +151,16 @@ class SecureSumSite:
         with self._gate.leaving_on_refusal("secure sum", task.round):
             self._sums.mask(task.round, stage, received, tensors, self._rings.tensors)
             self._sums.mask(task.round, stage, received, numbers, self._rings.numbers)
+            mark = self._mark(task.round, stage, settings.get("next"))
         told = [item for item in applied_filters(update.encoding) if item.get("name") == _TELLS_BUDGET]
-        return self._sent(task, {**tensors, **numbers}, masked_encoding(stage, told), task.stage)
+        return self._sent(task, {**tensors, **numbers}, mark.encoding(told), task.stage)
+
+    def _mark(self, round: int, stage: str, next_stage: object) -> MaskedMark:
+        """The signature and the shares that leave with a masked update, so that no step need ask for them."""
+        signature, shares = self._sums.sign_all(round, stage), b""
+        if isinstance(next_stage, str) and next_stage:
+            shares = self._sums.begin_next(round, stage, next_stage)
+        return MaskedMark(stage, signature, shares if len(shares) <= MOST_SHARES_BYTES else b"")
 
     def _step_of(self, task: Task, message: bytes) -> Update:
         return self._sent(task, {}, ANSWER + as_text(message), task.stage)

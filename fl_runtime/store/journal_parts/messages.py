@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from fl_runtime.store.database import Database
 
 TABLE = (
@@ -35,6 +37,10 @@ class MessageJournal:
             "DO UPDATE SET body=excluded.body",
             *(round, stage, step, site, body),
         )
+
+    def together(self) -> AbstractContextManager[None]:
+        """Record all messages of the block, or none of them if it raises."""
+        return self._db.transaction()
 
     def read(self, round: int, stage: str) -> dict[tuple[str, str], str]:
         """Return the messages of one try at a round: (step, site) -> body."""

@@ -184,8 +184,8 @@ def test_a_value_beyond_the_bound_is_named_and_the_site_leaves() -> None:
         Death("site-2", "Submit", 2),  # before its shares
         Death("site-2", "Submit", 3),  # before its update
         Death("site-2", "Submit", 3, heard=True),  # after its update
-        Death("site-2", "Submit", 4),  # before its signature
-        Death("site-2", "Submit", 5),  # before it reveals shares
+        Death("site-2", "Submit", 4),  # before it reveals shares
+        Death("site-2", "Submit", 4, heard=True),  # before it trains in the next round
     ],
 )
 def test_a_site_that_dies_in_any_phase_costs_its_own_update_at_most(death: Death) -> None:
@@ -203,6 +203,49 @@ def test_a_site_that_dies_in_any_phase_costs_its_own_update_at_most(death: Death
         weights = [EXAMPLES[index] for index in indices]
         expected["w"] = np.average([u["w"] for u in updates], axis=0, weights=weights).astype(np.float32)
     np.testing.assert_allclose(model["w"], expected["w"], rtol=1e-5, atol=1e-6)
+
+
+def steps_of(federation: Any) -> dict[int, int]:
+    """How many steps of the sum the sites were asked for in each round."""
+    found: dict[int, int] = {}
+    for event in data_of(federation, "task_sent"):
+        found[event.round] = found.get(event.round, 0) + (event.data["task"] == "secure_sum")
+    return {round: count for round, count in found.items() if round > 0}
+
+
+def test_rounds_in_which_nobody_drops_out_have_one_step_beside_training() -> None:
+    _, federation = run(sites=3, secure_sum=True)
+    steps = steps_of(federation)
+    assert steps[1] in (2 * 3 + 2, 3 * 3)  # keys, shares, and reveal, for which two of three sites are enough
+    assert {steps[2], steps[3]} <= {2, 3}
+    for event in data_of(federation, "update"):
+        assert [set(item) for item in event.data["filters"]] == [{"name", "stage"}]
+
+
+def test_a_site_that_dies_before_it_signs_who_the_others_are() -> None:
+    deaths = [Death("site-3", "Submit", 3), Death("site-2", "Submit", 4)]  # before its update, before its signature
+    with LocalFederation(sites=6, rounds=2, min_sites=4, rejoin_s=1.5, secure_sum=True, deaths=deaths) as federation:
+        outcomes = federation.outcomes({place.name: loop for place in federation.places}, check=False)
+        assert [len(result.sites) for result in federation.result().rounds] == [5, 4]
+    assert {name for name, outcome in outcomes.items() if outcome.error} == {"site-2", "site-3"}
+
+
+def test_a_site_that_comes_back_is_in_the_next_round() -> None:
+    """Round 2 begins with the shares that came with the updates of round 1; round 3 asks for keys and shares again."""
+    back = threading.Event()
+
+    def returning(place: Place) -> Arrays:
+        try:
+            return loop(place)
+        except FederationError:
+            back.set()
+            return loop(place)
+
+    deaths = [Death("site-2", "Submit", 4)]
+    with LocalFederation(sites=4, rounds=4, min_sites=3, rejoin_s=10, secure_sum=True, deaths=deaths) as federation:
+        federation.run(lambda place: returning(place) if place.index == 1 else loop(place))
+        sites = [result.sites for result in federation.result().rounds]
+    assert back.is_set() and len(sites) == 4 and len(sites[-1]) == 4
 
 
 def test_fewer_sites_than_a_sum_may_have_are_refused() -> None:

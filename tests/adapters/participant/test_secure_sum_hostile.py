@@ -42,7 +42,7 @@ def site_process(kit: Path) -> subprocess.Popen[bytes]:
 
 
 class Killing(Hostile):
-    """A server that kills the first process of north once it has sent its signature of round 1, and then lies to it."""
+    """A server that kills the first process of north once it has revealed shares of round 1, and then lies to it."""
 
     def __init__(self, study: Study) -> None:
         super().__init__(study, self._lied)
@@ -84,7 +84,7 @@ class Killing(Hostile):
 
 
 def test_a_server_cannot_ask_a_restarted_site_for_another_set_of_survivors(study: Study) -> None:
-    """North has signed a sum over three sites and is killed. Its next process does not take part in one over two."""
+    """North reveals shares of a sum over three sites and is killed. Its next process takes part in none over two."""
     study.job(rounds=40, secure_sum=True, min_sites=2, rejoin_s=60)
     hostile, kits = Killing(study), {name: readdressed(study, name) for name in SITES}
     with ThreadPoolExecutor() as pool:

@@ -44,6 +44,78 @@ def test_other_survivors_for_other_sites_open_nothing() -> None:
             site.reveal(1, "update", signed)
 
 
+@pytest.mark.parametrize("for_all", range(6))
+def test_signing_all_and_then_fewer_opens_one_sum_at_most(for_all: int) -> None:
+    """All have signed that all survive. Some reveal for that; the server asks the others to sign that e is lost."""
+    sums = masked()
+    everybody = {name: sums.sites[name].sign_all(1, "update") for name in NAMES}
+    revealed = [sums.sites[name].reveal(1, "update", everybody) for name in NAMES[:for_all]]
+    for name in NAMES[:for_all]:
+        with pytest.raises(PermissionDeniedError, match="one set of survivors a stage"):
+            sums.sites[name].agree(1, "update", NAMES[:4])
+    fewer = {name: sums.sites[name].agree(1, "update", NAMES[:4]) for name in NAMES[for_all:]}
+    for name in NAMES[for_all:]:
+        with contextlib.suppress(PermissionDeniedError):
+            revealed.append(sums.sites[name].reveal(1, "update", fewer))
+        with pytest.raises(PermissionDeniedError):
+            sums.sites[name].reveal(1, "update", everybody)
+    messages = [json.loads(message) for message in revealed]
+    own, pairs = (sum("e" in message[kind] for message in messages) for kind in ("own", "pairs"))
+    assert own == for_all
+    assert pairs == (4 - for_all if for_all <= 1 else 0)  # four must sign the shorter list, and e is no help
+    assert own < 4 or pairs == 0
+
+
+def test_a_sum_of_all_is_written_down_before_shares_leave_and_holds_after_a_restart() -> None:
+    sums, written = masked(), list[Any]()
+    sums.sites["a"]._keep = written.append
+    everybody = {name: sums.sites[name].sign_all(1, "update") for name in NAMES}
+    assert not written
+    sums.sites["a"].reveal(1, "update", everybody)
+    assert [list(record["signed"]) for record in written] == [["1"]]
+    site = SiteSums("a", CONTEXT, sums.rules, record=written[0], attempt=2)
+    publics = {name: sums.publics[name] for name in "bcd"} | {"a": site.public}
+    with pytest.raises(PermissionDeniedError, match="one set of survivors a round"):
+        site.begin(1, "again", publics)
+
+
+def test_signatures_of_all_count_for_one_cohort() -> None:
+    """The server delivers the shares of e to some sites alone. Their signatures do not add up."""
+    sums = Sums(NAMES)
+    server = sums.begin()
+    for name in NAMES[:4]:
+        received = server.deliver(name)
+        if name in "ab":
+            del received["e"]
+        sums.sites[name].mask(1, "update", received, vectors()[name], RING)
+    signed = {name: sums.sites[name].sign_all(1, "update") for name in NAMES[:4]}
+    for name in NAMES[:4]:
+        with pytest.raises(PermissionDeniedError, match="something else"):
+            sums.sites[name].reveal(1, "update", signed)
+
+
+def test_in_a_sparse_graph_nobody_signs_ahead() -> None:
+    names = [f"site-{number}" for number in range(40)]
+    sums = Sums(names)
+    sums.begin()
+    sums.mask({name: {"w": RING.zeros((2,))} for name in names}, RING)
+    assert {site.sign_all(1, "update") for site in sums.sites.values()} == {b""}
+
+
+def test_survivors_without_neighbours_are_refused() -> None:
+    """The server calls all neighbours of a site lost, so that nothing but its own seed would hide its vector."""
+    names = [f"site-{number}" for number in range(80)]
+    sums = Sums(names)
+    sums.begin()
+    sums.mask({name: {"w": RING.zeros((2,))} for name in names}, RING)
+    roster = sums.sites["site-0"]._stages[1, "update"].roster
+    lonely = [name for name in names if name not in roster.neighbours("site-0")]
+    assert len(lonely) >= sums.rules.min_cohort
+    for site in sums.sites.values():
+        with pytest.raises(PermissionDeniedError, match="would hardly hide its vector"):
+            site.agree(1, "update", lonely)
+
+
 def test_both_kinds_of_shares_are_never_revealed() -> None:
     sums = masked()
     survivors = sums.agree()

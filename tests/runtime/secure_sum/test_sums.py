@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from secure_sums import Sums
+from secure_sums import CONTEXT, Sums
 
 from fl_runtime.errors import PermissionDeniedError, RoundFailedError
-from fl_runtime.secure_sum import Ring, SumRules
+from fl_runtime.secure_sum import Ring, ServerSums, SumRules
 from fl_runtime.secure_sum.context import needed_holders
 from fl_runtime.types import Array
 
@@ -72,6 +72,53 @@ def test_three_of_ten_sites_may_drop_out(count: int, phase: str) -> None:
     assert set(survivors) == set(names) - {*lost["shares"], *lost["vectors"]}
     for key, total in totals.items():
         assert integers(total) == expected([vectors[name][key] for name in survivors], ring)
+
+
+@pytest.mark.parametrize("count", [3, 10, 31])
+def test_signatures_that_come_with_the_vectors_spare_the_agreement(count: int) -> None:
+    names, ring = names_of(count), RINGS[64]
+    sums, vectors = Sums(names), vectors_of(names, ring)
+    sums.begin()
+    sums.mask(vectors, ring)
+    survivors = sums.sign_all()
+    assert all(map(sums.server.may_reveal, survivors))
+    sums.reveal(survivors)
+    totals = sums.totals(ring)
+    sums.server.unmask(totals, ring)
+    assert integers(totals["weights"]) == expected([vectors[name]["weights"] for name in names], ring)
+
+
+def test_signatures_of_all_do_not_count_for_fewer() -> None:
+    names, ring = names_of(5), RINGS[64]
+    sums, vectors = Sums(names), vectors_of(names, ring)
+    sums.begin()
+    sums.mask(vectors, ring, lost=names[:1])
+    survivors = sums.sign_all()
+    assert survivors == tuple(names[1:]) and not any(map(sums.server.may_reveal, survivors))
+    sums.reveal(sums.agree())
+    totals = sums.totals(ring)
+    sums.server.unmask(totals, ring)
+    assert integers(totals["weights"]) == expected([vectors[name]["weights"] for name in survivors], ring)
+
+
+def test_shares_for_the_next_round_leave_with_the_vectors_of_this_one() -> None:
+    """One site drops out before its shares of round 1: rounds 2 and 3 are among the others."""
+    names, ring = names_of(6), RINGS[64]
+    sums, vectors = Sums(names), vectors_of(names, ring)
+    server = sums.begin(lost=names[5:])
+    for number in (1, 2, 3):
+        sums.mask(vectors, ring)
+        ahead = {name: sums.sites[name].begin_next(number, sums.stage, f"stage-{number + 1}") for name in sums.masked}
+        sums.reveal(sums.sign_all())
+        totals = sums.totals(ring)
+        server.unmask(totals, ring)
+        assert integers(totals["weights"]) == expected([vectors[name]["weights"] for name in names[:5]], ring)
+        publics = {name: sums.publics[name] for name in names[:5]}
+        sums.round, sums.stage = number + 1, f"stage-{number + 1}"
+        assert ahead == {name: sums.sites[name].begin(sums.round, sums.stage, publics) for name in publics}
+        sums.server = server = ServerSums(CONTEXT, sums.round, sums.stage, publics)
+        for name, message in ahead.items():
+            server.add_shares(name, message)
 
 
 def test_thresholds_allow_three_of_ten_for_every_number_of_sites() -> None:

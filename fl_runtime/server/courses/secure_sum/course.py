@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fl_runtime.errors import ProtocolError
 from fl_runtime.filters.server import applied_filters
-from fl_runtime.secure_sum.travelling import ANSWER, MASKED, as_message
+from fl_runtime.secure_sum.travelling import ANSWER, MaskedMark, as_message
 from fl_runtime.secure_sum.vectors import NUMBERS
 from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
@@ -77,8 +77,9 @@ class SecureSum:
             message = as_message(update.encoding.removeprefix(ANSWER), f"the answer of {update.site} to a step")
             masked.steps.take(update.site, update.attempt, message)
             return "used"
-        stage = masked_stage(update.encoding)
-        if masked is None or stage != masked.steps.stage or not masked.steps.takes_vector(update.site, update.attempt):
+        mark = mark_of(update.encoding)
+        steps = masked.steps if masked is not None else None
+        if mark is None or steps is None or not steps.takes_vector(update.site, update.attempt, mark):
             self._state.blobs.free(upload.blob)
             return "late"
         return self._inner.accept(upload)
@@ -103,16 +104,15 @@ class SecureSum:
         return {"factor": factor, "equal": getattr(self._state.plan.strategy, "weights", "examples") == "equal"}
 
     def _begin_sum(self, current: OpenRound) -> MaskedSum:
-        self._sum = MaskedSum(self._state, self._membership, self._scoring, current, self._told)
+        ahead = self._sum.steps.ahead() if self._sum is not None else None
+        self._sum = MaskedSum(self._state, self._membership, self._scoring, current, self._told, ahead)
         self._state.published.notify_all()
         return self._sum
 
 
-def masked_stage(encoding: str) -> str:
-    """Return the stage of the masks of an update; "" if it is not masked."""
-    filters = applied_filters(encoding)
-    last = filters[-1] if filters else {}
-    return str(last.get("stage", "")) if last.get("name") == MASKED else ""
+def mark_of(encoding: str) -> MaskedMark | None:
+    """Return the mark of a masked update; None if it is not masked. Raises ProtocolError if it cannot be read."""
+    return MaskedMark.of(applied_filters(encoding))
 
 
 class MaskedChecks:
@@ -130,7 +130,7 @@ class MaskedChecks:
         if not encoding:  # the initial model
             self._tensors.check_layout(manifest, content, encoding)
             return
-        if content != "encoded" or not masked_stage(encoding):
+        if content != "encoded" or mark_of(encoding) is None:
             raise ProtocolError(
                 "an update is not masked, in a job with secure_sum",
                 fix="run the same version of fl-adapters at every site",

@@ -11,6 +11,7 @@ from fl_runtime.errors import RoundFailedError
 from fl_runtime.secure_sum.context import context_of
 from fl_runtime.secure_sum.vectors import Mean, Rings, in_all, mean_of, metric_of
 from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.secure_sum.ahead import SharesAhead
 from fl_runtime.server.courses.secure_sum.steps import Steps
 from fl_runtime.server.courses.sums.failures import SumFailedError
 from fl_runtime.server.courses.sums.summing import Summing
@@ -34,7 +35,13 @@ class MaskedSum:
     strategy_state: Blob | None = None
 
     def __init__(
-        self, state: RunState, membership: Membership, scoring: Scoring, current: OpenRound, told: set[str]
+        self,
+        state: RunState,
+        membership: Membership,
+        scoring: Scoring,
+        current: OpenRound,
+        told: set[str],
+        ahead: SharesAhead | None = None,
     ) -> None:
         """Begin the sum of a round.
 
@@ -44,22 +51,33 @@ class MaskedSum:
             scoring: Takes the scores of global models.
             current: The round.
             told: Names of the metrics of which the run has been warned that they cannot be summed; added to.
+            ahead: Shares for this round that came with the updates of the round before, or None.
         """
         self.current = current
-        self.steps = Steps(state, membership, current, context_of(state.settings.name, state.settings.filters))
+        self.steps = Steps(state, membership, current, context_of(state.settings.name, state.settings.filters), ahead)
         self.base: Model | None = state.models.newest
         self._state, self._membership, self._scoring, self._told = state, membership, scoring, told
         self._rings = Rings.for_sites(len(state.settings.sites))
         self._closing = Summing(state, membership.quorum, current)
+        self._added: dict[str, Accepted] = {}
+        self._totals: dict[str, Array] = {}  # of all names that any vector has
 
     def next_in_order(self) -> Accepted | None:
-        """Always None: vectors are summed at the end. Goes on with the steps before the sites train."""
+        """Go on with the steps before the sites train, and return a masked update that is not in the sum yet, if any.
+
+        The order does not matter, since sums of whole numbers are exact.
+        """
         self.steps.advance()
-        return None
+        return next((item for name, item in self.current.accepted.items() if name not in self._added), None)
 
     def add(self, accepted: Accepted) -> None:
-        """Never called, since `next_in_order` returns nothing to add."""
-        raise NotImplementedError
+        """Add a masked update to the totals."""
+        self._added[accepted.update.site] = accepted
+        for name, vector in accepted.update.arrays.items():
+            if name in self._totals:
+                self._rings.of(name).add_into(self._totals[name], vector)
+            else:
+                self._totals[name] = np.array(vector)
 
     def to_blame(self, failure: SumFailedError) -> Sequence[str]:
         """Return nobody: single updates are not known."""
@@ -75,9 +93,11 @@ class MaskedSum:
             RoundFailedError: Too few sites are left to remove the masks, or the totals make no sense.
         """
         order = [name for name in self._state.settings.sites if name in self.current.accepted]
+        assert set(order) == set(self._added)
         with self._state.lock:
             self.steps.ask_survivors(order)
-            self._wait()
+            if self.steps.step == "agree":
+                self._wait()
             self.steps.ask_shares()
             self._wait()
             if not self.steps.enough:
@@ -129,17 +149,12 @@ class MaskedSum:
             self._state.events.emit("warning", self.current.round, text=text)
 
     def _mean(self, order: Sequence[str]) -> Mean:
-        """Add the vectors, remove the masks, and divide by the weight."""
+        """Remove the masks from the totals, and divide by the weight."""
         assert self.base is not None
         vectors = [self.current.accepted[name].update.arrays for name in order]
-        totals: dict[str, Array] = {}
         common = in_all(vectors)
         self._tell_left_out(vectors, common)
-        for name in common:
-            total = np.array(vectors[0][name])
-            for other in vectors[1:]:
-                self._rings.of(name).add_into(total, other[name])
-            totals[name] = total
+        totals = {name: self._totals[name] for name in common}
         for part, ring in zip(self._rings.split(totals), (self._rings.tensors, self._rings.numbers), strict=True):
             self.steps.sums.unmask(part, ring)
         return mean_of(totals, self.base.blob.views()[0], self._rings, len(order))

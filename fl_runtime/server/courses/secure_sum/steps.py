@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from fl_runtime.errors import ProtocolError, RoundFailedError
+from fl_runtime.filters.server import applied_filters
 from fl_runtime.secure_sum import Context, ServerSums
 from fl_runtime.secure_sum.messages import KeysMessage
-from fl_runtime.secure_sum.travelling import as_message, as_text
+from fl_runtime.secure_sum.travelling import MaskedMark, as_message, as_text
 from fl_runtime.server.courses.base import Offer
+from fl_runtime.server.courses.secure_sum.ahead import SharesAhead, stage_after
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member
 from fl_runtime.server.state import OpenRound, RunState
@@ -35,7 +38,14 @@ class Steps:
         step: What the sites are asked for now.
     """
 
-    def __init__(self, state: RunState, membership: Membership, current: OpenRound, context: Context) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        membership: Membership,
+        current: OpenRound,
+        context: Context,
+        ahead: SharesAhead | None = None,
+    ) -> None:
         """Begin a try, or go on with the one that the journal knows.
 
         Args:
@@ -43,6 +53,8 @@ class Steps:
             membership: Its sites.
             current: The round.
             context: What the masks of this run are bound to.
+            ahead: Shares that came with the updates of the round before, or None. They spare the steps before training
+                if the participants are the same processes.
         """
         self._state, self._membership, self._current, self._context = state, membership, current, context
         self.step: Step = "keys"
@@ -56,8 +68,9 @@ class Steps:
         self.stage = noted.get(("stage", "")) or f"{PREFIX}{current.round}-{secrets.token_hex(8)}"
         if noted:
             self._restore(noted)
-        else:
-            state.journal.messages.forget_before(current.round)
+            return
+        state.journal.messages.forget_before(current.round)
+        if ahead is None or not self._use(ahead):
             self._note("stage", "", self.stage)
 
     # -- what a site is asked for -----------------------------------------------------------------------------
@@ -84,11 +97,25 @@ class Steps:
         if self.step != "vectors" or self._processes.get(member.name) != member.attempt or self._sums is None:
             return None
         received = {site: as_text(part) for site, part in self.sums.deliver(member.name).items()}
-        return {"stage": self.stage, "received": received}
+        return {"stage": self.stage, "received": received, "next": self._next_stage()}
 
-    def takes_vector(self, site: str, attempt: int) -> bool:
-        """Whether a masked update of this process is part of the sum."""
-        return self.step == "vectors" and self._processes.get(site) == attempt
+    def _next_stage(self) -> str:
+        """The stage for which shares are wanted with the updates; "" if the next round will not need them."""
+        rounds, settings = self._state.plan.rounds, self._state.settings
+        last = rounds is not None and self._current.round >= rounds
+        return "" if last or settings.fraction < 1 else stage_after(self.stage, self._current.round)
+
+    def takes_vector(self, site: str, attempt: int, mark: MaskedMark) -> bool:
+        """Whether a masked update of this process is part of the sum. If so, its signature is kept."""
+        if self.step != "vectors" or self._processes.get(site) != attempt or mark.stage != self.stage:
+            return False
+        self._take_signature(site, mark)
+        return True
+
+    def _take_signature(self, site: str, mark: MaskedMark) -> None:
+        if mark.signature:
+            with suppress(ProtocolError):  # the site is asked to sign the survivors, like those that sent no signature
+                self.sums.add_signature_of_all(site, mark.signature)
 
     # -- what it answers ---------------------------------------------------------------------------------------
 
@@ -135,18 +162,30 @@ class Steps:
             self._check_replaced()
 
     def ask_survivors(self, sent: Sequence[str]) -> None:
-        """Ask the sites whose vectors are there to agree on who they are.
+        """Ask the sites whose vectors are there to agree on who they are, unless they have signed that already.
 
         Args:
             sent: Names of these sites.
         """
-        assert self._sums is not None
-        self._survivors = self._sums.survivors(sent)
-        self._go_to("agree")
+        self._survivors = self.sums.survivors(sent)
+        self._go_to("reveal" if all(map(self.sums.may_reveal, self._survivors)) else "agree")
 
     def ask_shares(self) -> None:
         """Ask the survivors for the shares of the masks that are left in the sum."""
-        self._go_to("reveal")
+        if self.step != "reveal":
+            self._go_to("reveal")
+
+    def ahead(self) -> SharesAhead | None:
+        """Return the shares for the next round, if the update of every site of this one has brought them."""
+        accepted = self._current.accepted
+        if self.step != "reveal" or set(accepted) != set(self._processes):
+            return None
+        marks = {name: MaskedMark.of(applied_filters(item.update.encoding)) for name, item in accepted.items()}
+        shares = {name: mark.shares for name, mark in marks.items() if mark is not None and mark.shares}
+        if len(shares) < len(accepted):
+            return None
+        number = self._current.round
+        return SharesAhead(number + 1, stage_after(self.stage, number), dict(self._processes), shares)
 
     def all_answered(self) -> bool:
         """Whether every survivor that is still there has answered the present step."""
@@ -184,6 +223,28 @@ class Steps:
     def _has_key(self, member: Member) -> bool:
         key = self._keys.get(member.name)
         return key is not None and key.attempt == member.attempt
+
+    def _use(self, ahead: SharesAhead) -> bool:
+        """Begin with training, if the participants have sent their shares with the updates of the round before."""
+        members = self._membership.members
+        present = {name: members[name].attempt for name in self._current.participants}
+        if ahead.round != self._current.round or present != ahead.processes:
+            return False
+        stage, self.stage, self._processes = self.stage, ahead.stage, dict(ahead.processes)
+        self._make_sums()
+        try:
+            for name, message in ahead.shares.items():
+                self._add("shares", name, message)
+        except ProtocolError:  # the steps ask again, and leave out whoever cannot answer
+            self.stage, self._processes, self._sums, self._answers["shares"] = stage, {}, None, {}
+            return False
+        with self._state.journal.messages.together():
+            self._note("stage", "", self.stage)
+            self._note("processes", "", json.dumps(self._processes))
+            for name, message in ahead.shares.items():
+                self._note("shares", name, as_text(message))
+            self._fix_cohort()
+        return True
 
     def _fix_processes(self, names: Sequence[str]) -> None:
         self._processes = {name: self._keys[name].attempt for name in names}
@@ -249,6 +310,7 @@ class Steps:
         self._survivors = tuple(survivors)
         for step in answered:
             if step == "agree" and self._survivors:
+                self._restore_signatures()
                 self.sums.survivors(self._survivors)
             for (noted_step, site), body in noted.items():
                 if noted_step == step:
@@ -256,6 +318,12 @@ class Steps:
         if ("cohort", "") in noted:
             self._processes = json.loads(noted["cohort", ""])
             self._close_round()
+
+    def _restore_signatures(self) -> None:
+        for site, accepted in self._current.accepted.items():
+            mark = MaskedMark.of(applied_filters(accepted.update.encoding))
+            if mark is not None and site in self.sums.cohort:
+                self._take_signature(site, mark)
 
 
 class _Key:
