@@ -182,6 +182,61 @@ def simulate(
 @app.command(
     epilog="""\b
 Examples:
+  fl-adapters evaluate 'predictions/{site}.csv' --truth sick --prediction model --sites north,south
+  fl-adapters evaluate '{site}.csv' --truth y --prediction old --prediction new --group sex --smallest-cell 10
+  fl-adapters evaluate '{site}.csv' --truth days --prediction days_new --task regression --json"""
+)
+def evaluate(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="CSV file of each site; {site} stands for the name of the site.")
+    ],
+    truth: Annotated[str, typer.Option(help="Column of the true values.")],
+    prediction: Annotated[list[str], typer.Option(help="Column of a model's predictions. May be given several times.")],
+    group: Annotated[list[str] | None, typer.Option(help="Column of subgroups. May be given several times.")] = None,
+    sites: Annotated[str, typer.Option(help="Number of sites, or their names: north,south.")] = "3",
+    task: Annotated[str, typer.Option(help="classification or regression.")] = "classification",
+    scores: Annotated[
+        str, typer.Option(help="What scores are: probability, or decision for any size.")
+    ] = "probability",
+    positive: Annotated[str | None, typer.Option(help="The positive one of two classes. Default: the last.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Score from which on it is predicted. Default: 0.5.")] = None,
+    smallest_cell: Annotated[
+        int, typer.Option(help="Fewest rows behind any number of a subgroup that leaves a site.", min=1)
+    ] = 1,
+    bins: Annotated[int, typer.Option(help="Bins of the reliability table.", min=1, max=1000)] = 10,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder. Default: made of the time.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder that the run's own folder is made in.")] = Path("runs"),
+    as_json: _Json = False,
+) -> None:
+    """Score predictions of given models at all sites together, without training, on this machine.
+
+    Each site's rows are in a CSV file of its own: a column of true values, a column for each model, columns of
+    subgroups. A model's column holds probabilities or scores, or predicted labels as texts or whole numbers. The scores
+    are those of all rows in one place. They are printed, and left in runs/JOB/evaluation.json.
+
+    In a federation, `python -m fl_adapters.evaluation FILE ...` does the same at each site (docs/evaluation.md).
+    """
+    from fl_adapters.cli.pages import evaluation as command
+
+    options = {
+        "--truth": [truth],
+        "--prediction": prediction,
+        "--group": group or [],
+        "--task": [task],
+        "--scores": [scores],
+        "--positive": [] if positive is None else [positive],
+        "--threshold": [] if threshold is None else [str(threshold)],
+        "--smallest-cell": [str(smallest_cell)],
+        "--bins": [str(bins)],
+    }
+    script = [file, *(f"{option}={value}" for option, values in options.items() for value in values)]
+    job = command.job_fields(sites, name)
+    sys.exit(command.evaluate(job, script, folder, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
   fl-adapters report runs/train-1202-101500
   fl-adapters report runs/train-1202-101500 --out train.html --json"""
 )

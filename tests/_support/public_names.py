@@ -28,6 +28,7 @@ PUBLIC = {
     """,
     "fl_adapters.partition": "Partition by_column by_feature by_label by_quantity iid",
     "fl_adapters.statistics": "Absence Categorical Histogram Numeric SiteStatistics Statistics describe",
+    "fl_adapters.evaluation": "Absence Evaluation ModelScores ReliabilityBin RocPoint Scores evaluate",
     "fl_adapters.testing": """
         AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
         LocalFederation Outcome Place PlainLoop RestartCase ScoredExample Trained TrainingCase TrainingExample
