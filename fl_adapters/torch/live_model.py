@@ -14,13 +14,15 @@ from fl_adapters.participant.local_work.dp_sgd import DPSGD
 from fl_adapters.participant.local_work.local_work import LocalWork
 from fl_adapters.participant.options import SiteSettings
 from fl_adapters.participant.state_file import State
-from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import agreement
 from fl_adapters.torch.local_work.backend import TorchLocalBackend
 from fl_adapters.torch.local_work.dp_sgd import Batches, PrivateTraining
 from fl_adapters.torch.lora.factors import LoraFactors
 from fl_adapters.torch.lora.strategy import LoraFreezing, lora_facts, lora_state
 from fl_adapters.torch.optimizer_state import TorchOptimizerState
+from fl_adapters.torch.ranks import collectives as ranks
+from fl_adapters.torch.ranks.sharded_state import ShardedState, state_of
+from fl_adapters.torch.ranks.shards import is_sharded, refuse_other_sharding, reshard, scatter
 from fl_adapters.torch.restart import (
     all_tensors,
     load_optimizer,
@@ -29,8 +31,8 @@ from fl_adapters.torch.restart import (
     packed_optimizer,
     packed_tensors,
 )
-from fl_adapters.torch.selection import is_sharded, listed, tensors_beside, warn_of_unknown_parameters
-from fl_adapters.torch.state import TorchState
+from fl_adapters.torch.selection import listed, tensors_beside, warn_of_unknown_parameters
+from fl_adapters.torch.state import as_tensor
 from fl_runtime.aggregation.corrections.local_terms import without_control
 from fl_runtime.aggregation.lora.products import ENCODING
 from fl_runtime.capabilities import GRADIENT_CORRECTION, LORA, OPTIMIZER_STATE, PERSONAL_MODEL
@@ -63,6 +65,7 @@ class LiveModel:
         local: Local-training changes required by the job's strategy.
         gradients: Gradient corrections, which the adapter connects with the trainer's optimizer steps.
         private: DP-SGD on this model; None without.
+        sharded: Whether each rank holds only a part of some parameters, so that every rank must help to save the model.
     """
 
     def __init__(
@@ -74,12 +77,15 @@ class LiveModel:
         *,
         initial_base: bool = False,
     ) -> None:
+        refuse_other_sharding(model)
+        reshard(model)
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._initial_base = initial_base
         self._model, self._optimizers, self._settings = model, list(optimizers), settings
         self._beside = tensors_beside(model, others or {}, optimizers)
         warn_of_unknown_parameters(model, optimizers, self._beside)
         self._frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
-        default_state = TorchState(model, settings.exchange, settings.keep_local, self._beside)
+        default_state = state_of(model, settings.exchange, settings.keep_local, self._beside)
         self._freezing = LoraFreezing(default_state.tensors)
         self.state = lora_state(model, default_state, settings, self._beside)
         self._final: Arrays | None = None
@@ -123,6 +129,11 @@ class LiveModel:
         return frozenset({OPTIMIZER_STATE, GRADIENT_CORRECTION, PERSONAL_MODEL, *lora})
 
     @property
+    def _gathers(self) -> bool:
+        """Whether every rank must help to read what travels."""
+        return ranks.is_rank_zero() or isinstance(self.state, ShardedState)
+
+    @property
     def cross_site(self) -> bool:
         """Whether every site's model is evaluated here after the last round."""
         return self._settings.cross_site
@@ -151,8 +162,7 @@ class LiveModel:
         Returns:
             Fact -> value, on rank 0. Of no use on other ranks, and empty there unless the model is sharded.
         """
-        gathers = any(is_sharded(parameter) for parameter in self._model.parameters())
-        if not (ranks.is_rank_zero() or gathers):
+        if not (ranks.is_rank_zero() or self.sharded):
             return {}
         facts = agreement(
             self._model,
@@ -169,7 +179,7 @@ class LiveModel:
         Returns:
             Name -> host array, on rank 0; empty on the others. Borrowed until the next call.
         """
-        if not ranks.is_rank_zero():
+        if not self._gathers:
             return {}
         held_back = self.held_back
         return {name: array for name, array in self.state.get_state().items() if not matches(name, held_back)}
@@ -203,7 +213,7 @@ class LiveModel:
             `optimizer_state` is "average".
         """
         average = self._settings.optimizer_state == "average"
-        if not average or not ranks.is_rank_zero():
+        if not average or not self._gathers:
             return {}
         return {name: array for moments in self._moments for name, array in moments.get().items()}
 
@@ -219,6 +229,7 @@ class LiveModel:
             specs, shared = ranks.share_arrays(task.arrays if task else None)
             self.state.check(specs)
             for name, array in shared:
+                assert array is not None
                 self.state.copy_in(name, array, base_alone=True)
 
     def receive(self, task: Task | None) -> None:
@@ -233,9 +244,7 @@ class LiveModel:
                 state.reset()
         if self._settings.optimizer_state == "average":
             moments = {name: task.extras[name] for name in without_control(task.extras)} if task else None
-            specs, shared = ranks.share_arrays(moments)
-            if specs:
-                self._set_moments(dict(shared))
+            self._set_moments(moments)
         self.local.begin(task)
 
     def state_dict(self) -> State:
@@ -278,6 +287,7 @@ class LiveModel:
         return local_tensors(self._all_tensors(), list(self.state.tensors.values()))
 
     def _all_tensors(self) -> dict[str, Tensor]:
+        reshard(self._model)  # else it has full parameters in place of those that travel
         return {**all_tensors(self._model), **self._beside}
 
     def resume(self, task: Task | None) -> None:
@@ -297,10 +307,16 @@ class LiveModel:
         Raises:
             StateMismatchError: If they do not fit the model. Nothing is changed then.
         """
-        specs, shared = ranks.share_arrays(arrays)
+        reshard(self._model)
+        tensors = self.state.tensors
+        specs, shared = ranks.share_arrays(arrays, lambda name, _: name in tensors and is_sharded(tensors[name]))
         self.state.check(specs)
         for name, array in shared:
-            self.state.copy_in(name, array)
+            if is_sharded(tensors[name]):
+                scatter(tensors[name], None if array is None else as_tensor(array))
+            else:
+                assert array is not None
+                self.state.copy_in(name, array)
         self.state.derive()
 
     def receive_final(self, task: Task | None) -> None:
@@ -322,17 +338,28 @@ class LiveModel:
     def restore_final(self) -> None:
         """Put the weights of `keep_final` back, on every rank, whatever has changed them since."""
         assert self._final is not None
-        (self.state.restore_global if self._initial_base else self.state.set_state)(self._final)
+        reshard(self._model)
+        as_at_end = self._initial_base or isinstance(self.state, ShardedState)
+        (self.state.restore_global if as_at_end else self.state.set_state)(self._final)
         tensors = self._all_tensors()
         for name, own in self._final_local.items():
             tensors[name].copy_(own)
 
-    def _set_moments(self, arrays: Arrays) -> None:
-        remaining = dict(arrays)  # what is left is for the first optimizer
-        for moments in self._moments[1:]:
-            moments.set({name: remaining.pop(name) for name in arrays if name.partition("/")[2] in moments.names})
-        if self._moments:
-            self._moments[0].set(remaining)  # refuses moments that belong to no optimizer
+    def _set_moments(self, arrays: Arrays | None) -> None:
+        """Set rank 0's averaged moments on every rank, one at a time."""
+        if not self._moments:
+            return
+        first, *others = self._moments
+        by_parameter = {name: moments for moments in others for name in moments.names}
+
+        def owner(moment: str) -> TorchOptimizerState:
+            return by_parameter.get(moment.partition("/")[2], first)  # it refuses moments that belong to no optimizer
+
+        specs, shared = ranks.share_arrays(arrays, lambda name, shape: owner(name).is_sharded(name, shape))
+        for moments in self._moments if specs else ():
+            moments.check({name: spec for name, spec in specs.items() if owner(name) is moments})
+        for name, array in shared:
+            owner(name).copy_in(name, array)
 
     def _refuse_shared_parameters(self) -> None:
         seen = set[str]()

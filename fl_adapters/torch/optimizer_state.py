@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_adapters.torch.state import as_array, as_tensor, differences, numpy_dtype, specs_of
+from fl_adapters.torch.ranks.collectives import is_rank_zero
+from fl_adapters.torch.ranks.shards import full_tensor, is_sharded, scatter
+from fl_adapters.torch.state import Specs, as_array, as_tensor, differences, numpy_dtype, specs_of
 from fl_runtime.errors import ConfigError, StateMismatchError
 from fl_runtime.types import Array, Arrays
 
@@ -63,11 +65,12 @@ class TorchOptimizerState:
                 group[STEP] = torch.zeros_like(group[STEP]) if isinstance(group[STEP], Tensor) else 0
 
     def get(self) -> dict[str, Array]:
-        """Copy moments and step counters to the host.
+        """Copy moments and step counters to the host. Collective if a parameter is sharded.
 
         Returns:
             "<kind>/<parameter>" -> host array, which the caller owns. A parameter that has had no gradient counts as
-            zeros, so that all sites send the same names. Empty before the first step.
+            zeros, so that all sites send the same names. Empty before the first step. Of sharded parameters, rank 0
+            has the full moments and the other ranks have none.
 
         Raises:
             ConfigError: The state cannot be averaged.
@@ -77,10 +80,11 @@ class TorchOptimizerState:
         for name, parameter in self._parameters.items():
             state = self._optimizer.state.get(parameter, {})
             for kind in kinds:
-                arrays[f"{kind}/{name}"] = _host(kind, state.get(kind), parameter)
+                array = _host(kind, state.get(kind), parameter)
+                if is_rank_zero() or not is_sharded(parameter):
+                    arrays[f"{kind}/{name}"] = array
         return arrays
 
-    @torch.no_grad()
     def set(self, arrays: Arrays) -> None:
         """Copy moments and step counters into the optimizer in place. Missing state is created.
 
@@ -90,18 +94,42 @@ class TorchOptimizerState:
         Raises:
             StateMismatchError: Names, shapes or dtypes do not fit the optimizer. Nothing is changed then.
         """
-        self._check(arrays)
+        self.check(specs_of(arrays))
         for full_name, array in arrays.items():
-            kind, _, name = full_name.partition("/")
-            parameter = self._parameters[name]
-            state, present = self._optimizer.state[parameter], self._optimizer.state[parameter].get(kind)
-            if isinstance(present, Tensor):
-                present.copy_(as_tensor(array))
-            elif kind == STEP:
-                state[kind] = int(array) if isinstance(present, int) else _new_step(self._optimizer, parameter, array)
-            else:
-                value = as_tensor(array)
-                state[kind] = torch.empty_like(value, device=parameter.device).copy_(value)
+            self.copy_in(full_name, array)
+
+    @torch.no_grad()
+    def copy_in(self, full_name: str, array: Array | None) -> None:
+        """Copy one moment or step counter into the optimizer. Collective if its parameter is sharded.
+
+        Args:
+            full_name: Its name, as `get` gives it.
+            array: Its values, which `check` has accepted. None on ranks other than 0 if the moment is sharded.
+        """
+        kind, _, name = full_name.partition("/")
+        parameter = self._parameters[name]
+        state, present = self._optimizer.state[parameter], self._optimizer.state[parameter].get(kind)
+        if array is None or self.is_sharded(full_name, array.shape):
+            if not isinstance(present, Tensor):
+                present = state[kind] = torch.zeros_like(parameter.detach())
+            scatter(present, None if array is None else as_tensor(array))
+        elif isinstance(present, Tensor):
+            present.copy_(as_tensor(array))
+        elif kind == STEP:
+            state[kind] = int(array) if isinstance(present, int) else _new_step(self._optimizer, parameter, array)
+        else:
+            value = as_tensor(array)
+            state[kind] = torch.empty_like(value, device=parameter.device).copy_(value)
+
+    def is_sharded(self, full_name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether each rank holds a part of a moment.
+
+        Args:
+            full_name: Its name, as `get` gives it.
+            shape: Its shape. Scalars, such as step counters, are complete on every rank.
+        """
+        parameter = self._parameters.get(full_name.partition("/")[2])
+        return bool(shape) and parameter is not None and is_sharded(parameter)
 
     def refuse_if_not_averageable(self) -> None:
         """Refuse an optimizer whose class is known to keep state that cannot be averaged.
@@ -128,8 +156,15 @@ class TorchOptimizerState:
                 kinds[kind] = None
         return sorted(kinds)
 
-    def _check(self, arrays: Arrays) -> None:
-        received = specs_of(arrays)
+    def check(self, received: Specs) -> None:
+        """Check that moments fit the optimizer.
+
+        Args:
+            received: Name, as `get` gives it -> (shape, dtype name).
+
+        Raises:
+            StateMismatchError: They do not fit; a line for each moment.
+        """
         kinds = sorted({name.partition("/")[0] for name in received})
         expected: dict[str, tuple[tuple[int, ...], str]] = {}
         for name, parameter in self._parameters.items():
@@ -153,7 +188,7 @@ def _host(kind: str, value: object, parameter: Tensor) -> Array:
     if kind == STEP:
         return np.array(0 if value is None else int(value), dtype=np.int64)  # type: ignore[call-overload]
     if isinstance(value, Tensor):
-        return as_array(value.detach().to("cpu", copy=True))
+        return as_array(full_tensor(value).detach().to("cpu", copy=True))
     return as_array(torch.zeros(parameter.shape, dtype=parameter.dtype))
 
 

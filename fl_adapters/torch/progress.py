@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 
 from fl_adapters.participant.options import Every, SiteSettings, announce_budget
-from fl_adapters.torch import ranks
+from fl_adapters.torch.ranks import collectives as ranks
 from fl_runtime.errors import ConfigError
 
 

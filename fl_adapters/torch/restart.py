@@ -24,9 +24,10 @@ from fl_adapters.participant.restart import (
     seed_python,
 )
 from fl_adapters.participant.state_file import State
-from fl_adapters.torch import ranks
 from fl_adapters.torch.local_work.correction import plain
-from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_adapters.torch.ranks import collectives as ranks
+from fl_adapters.torch.ranks.shards import is_sharded
+from fl_adapters.torch.selection import unwrap
 from fl_adapters.torch.state import as_array, as_tensor
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Array

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fl_adapters.participant.exchange import matches, selected
 from fl_adapters.participant.options import Exchange
+from fl_adapters.torch.ranks.shards import refuse_unknown_shards
 from fl_adapters.torch.spectral_norm import spectral_layers
 from fl_runtime.errors import ConfigError
 from fl_runtime.wire.dtypes import DTYPES
@@ -66,30 +67,6 @@ def plain_name(name: str) -> str:
         The name that it has in the unwrapped module.
     """
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a part of the tensor: a DTensor, as FSDP2 makes them.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        False for a plain tensor.
-    """
-    return hasattr(tensor, "full_tensor")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor. Collective for a sharded one: every rank must call it.
-
-    Args:
-        tensor: A plain or sharded tensor.
-
-    Returns:
-        `tensor` itself, or all parts of a sharded one as a new tensor.
-    """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass(frozen=True)
@@ -420,12 +397,7 @@ def _check_can_travel(name: str, tensor: Tensor) -> None:
         raise ConfigError(
             "a tensor that should travel is not in memory (meta device)", where=name, fix="do not offload it"
         )
-    if is_sharded(tensor):
-        raise ConfigError(
-            "of a model sharded by FSDP, only a PEFT adapter can travel",
-            where=name,
-            fix="train an adapter with peft, or use DDP",
-        )
+    refuse_unknown_shards(name, tensor)
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         raise ConfigError(
             f"tensors of dtype {tensor.dtype} cannot travel",

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from fl_adapters.participant.registry import open_session, running_session
 from fl_adapters.participant.results import Export
 from fl_adapters.participant.session import Session
 from fl_adapters.participant.state_file import State
-from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
+from fl_adapters.torch.ranks import collectives as ranks
 from fl_runtime.client.local_training import StepCount
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.calibration import Participation
@@ -249,10 +250,18 @@ class TorchSite:
         Args:
             live: The model, with the final weights.
             export: Writes the live model to a folder in the framework's format. In a simulation one site writes the
-                final and the best model with it, whether or not it has scored any.
+                final and the best model with it, whether or not it has scored any. It is called on rank 0, and on
+                every rank if the model is sharded.
         """
         live.local.close()
         personal = live.local.personal
+        if live.sharded:
+            functions: ranks.Functions = {"load": live.load, "export": lambda folder: export(ranks.share(folder))}
+            ranks.on_rank_zero_with(
+                functions,
+                lambda call: self.session().finish(export=partial(call, "export"), load=partial(call, "load")),
+            )
+            return
 
         def leave() -> None:
             session = self.session()

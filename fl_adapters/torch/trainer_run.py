@@ -45,9 +45,9 @@ from fl_adapters.participant.options import BestMetric, Options, SiteSettings
 from fl_adapters.participant.policy_gate import LeaveReason
 from fl_adapters.participant.registry import leaving_on_error
 from fl_adapters.participant.results import Export
-from fl_adapters.torch import ranks
 from fl_adapters.torch.live_model import LiveModel
 from fl_adapters.torch.progress import Progress, RoundBudget, Tally
+from fl_adapters.torch.ranks import collectives as ranks
 from fl_adapters.torch.restart import TorchSnapshot, load_tensors
 from fl_adapters.torch.site import ArrivedTask, JoinedRun, TorchSite
 from fl_adapters.torch.trainer_port import Resumed, TrainerPort

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils import cached_file
 
 from fl_adapters.participant.results import ModelFiles
-from fl_adapters.torch.selection import is_sharded, plain_name, unwrap
+from fl_adapters.torch.ranks.collectives import on_rank_zero
+from fl_adapters.torch.ranks.sharded_state import save_module
+from fl_adapters.torch.ranks.shards import is_sharded
+from fl_adapters.torch.selection import plain_name, unwrap
 from fl_runtime.store.tensorfile import read_tensors
 
 _PREPROCESSORS = ("tokenizer", "processor", "feature_extractor", "image_processor")
@@ -24,7 +27,7 @@ _CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_conf
 
 
 class Exporter:
-    """Writes the trainer's model, and what prepares its inputs. Used on rank 0 alone.
+    """Writes the trainer's model, and what prepares its inputs. Used on rank 0 alone, unless the model is sharded.
 
     Tokenizer or processor are the trainer's own `processing_class`, else that of its data collator, as in HF's own
     `save_model`. Without either they are read from where the model's weights came from.
@@ -48,15 +51,12 @@ class Exporter:
         Returns:
             What makes another copy of the weights open in the same way; None for models that are not of transformers.
         """
-        os.makedirs(folder, exist_ok=True)
-        if isinstance(self._model, PeftModel):
-            self._model.save_pretrained(folder, state_dict=self._unsharded())
-        elif callable(save_pretrained := getattr(self._model, "save_pretrained", None)):
-            save_pretrained(folder)
-        else:
-            from safetensors.torch import save_model
+        sharded = any(is_sharded(parameter) for parameter in self._model.parameters())
+        save_module(self._model, folder)
+        return on_rank_zero(lambda: self._add_files(folder)) if sharded else self._add_files(folder)
 
-            save_model(self._model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    def _add_files(self, folder: str) -> ModelFiles | None:
+        """Write what prepares the model's inputs."""
         for preprocessor in self._preprocessors or self._of_the_base(folder):
             if hasattr(preprocessor, "save_pretrained"):
                 preprocessor.save_pretrained(folder)
@@ -83,12 +83,6 @@ class Exporter:
         said = f"{name}/ gets the tokenizer or processor of {source}" if found else f"{name}/ has no tokenizer"
         print(f"fl-adapters: {said}, since the Trainer has no processing_class=", file=sys.stderr, flush=True)
         return [found] if found else []
-
-    def _unsharded(self) -> dict[str, Tensor] | None:
-        """Tensors that one rank can read alone, if the base is sharded over ranks; else None."""
-        if not any(is_sharded(parameter) for parameter in self._model.parameters()):
-            return None
-        return {name: tensor for name, tensor in self._model.state_dict().items() if not is_sharded(tensor)}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

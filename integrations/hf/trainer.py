@@ -163,16 +163,15 @@ def refuse_unsupported(trainer: Trainer, settings: SiteSettings) -> None:
     if trainer.is_deepspeed_enabled:
         raise _refused(
             "DeepSpeed keeps master copies of the weights that new global weights would not reach",
-            fix="use DDP, or FSDP2 with a PEFT adapter",
+            fix="use FSDP2: fsdp_version: 2 in fsdp_config or in the configuration of accelerate",
         )
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise _refused(
-            "accelerate's FSDP has not been tested with it",
-            fix="use DDP, or for a PEFT adapter load the base with from_pretrained(distributed_config=...) of "
-            "transformers 5, which shards it by FSDP2",
+            "FSDP1 puts the parameters of a layer into one flat tensor, without names and shapes that could travel",
+            fix="use FSDP2: fsdp_version: 2 in fsdp_config or in the configuration of accelerate",
         )
     if getattr(trainer.model, "_tp_size", None) not in (None, 1):  # transformers 4.57.6 and 5.23.0
-        raise _refused("tensor parallelism has not been tested with it", fix="use DDP, or FSDP2 with a PEFT adapter")
+        raise _refused("tensor parallelism has not been tested with it", fix="use FSDP2 or DDP")
     if args.auto_find_batch_size:
         raise _refused(
             "auto_find_batch_size starts training over in the middle of a round", fix="set per_device_train_batch_size"

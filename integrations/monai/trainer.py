@@ -16,8 +16,8 @@ from monai.handlers import CheckpointSaver, ValidationHandler
 from torch.nn.parameter import is_lazy
 
 from fl_adapters.participant.options import SiteSettings
-from fl_adapters.torch import ranks
 from fl_adapters.torch.progress import rows_of, size_of
+from fl_adapters.torch.ranks import collectives as ranks
 from fl_adapters.torch.selection import unwrap
 from fl_runtime.errors import ConfigError
 

@@ -14,7 +14,8 @@ import xxhash
 from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
-from fl_adapters.torch.selection import frozen_base, full_tensor, unwrap
+from fl_adapters.torch.ranks.shards import full_tensor
+from fl_adapters.torch.selection import frozen_base, unwrap
 from fl_runtime.wire.names import TENSORS_OF, Names
 
 FULL_HASH_BYTES = 2 << 30

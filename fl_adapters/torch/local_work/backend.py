@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fl_adapters.participant.local_work.backend import LocalBackend, StepRecord
-from fl_adapters.torch import ranks
 from fl_adapters.torch.local_work.correction import GradientCorrection, StepMeter, is_plain_sgd
 from fl_adapters.torch.local_work.standby_model import TorchStandbyModel
+from fl_adapters.torch.ranks import collectives as ranks
+from fl_adapters.torch.ranks.shards import copy_full, is_sharded
 from fl_adapters.torch.state import TorchState, as_tensor
+from fl_runtime.errors import ConfigError
 from fl_runtime.types import Arrays
 
 
@@ -60,16 +63,18 @@ class TorchLocalBackend(LocalBackend):
         if loaded:
             self._anchors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
             return
-        _, shared = ranks.share_arrays(None if weights is None else {name: weights[name] for name in self.names})
-        self._anchors = {name: as_tensor(array).clone() for name, array in shared}
+        named = None if weights is None else {name: weights[name] for name in self.names}
+        parts = self._own_parts(named)
+        self._anchors = {name: part if is_sharded(part) else part.clone() for name, part in parts.items()}
 
     def pull_to_anchors(self, mu: float) -> None:
         self.gradients.begin(mu=mu, anchors=self._anchors)
 
     def add_offsets(self, offsets: Arrays | None) -> None:
-        _, shared = ranks.share_arrays(offsets)
-        tensors = {name: as_tensor(array) for name, array in shared}
+        tensors = self._own_parts(offsets)
         self._meter = StepMeter(gradients=not all(is_plain_sgd(optimizer) for optimizer in self._optimizers))
+        if self._meter.gradients:
+            self._refuse_shards("SCAFFOLD with another optimizer than plain SGD", "use torch.optim.SGD, or fedprox")
         self.gradients.begin(offsets=tensors, meter=self._meter)
 
     def leave_gradients(self) -> None:
@@ -81,7 +86,27 @@ class TorchLocalBackend(LocalBackend):
         return StepRecord(mean_gradients=meter.means()) if meter.gradients else StepRecord(rates=meter.rates())
 
     def standby_model(self) -> TorchStandbyModel:
+        self._refuse_shards("a personal model", "use a strategy without one, such as fedavg or fedprox")
         return TorchStandbyModel(self._module, self._optimizers, self._beside)
+
+    def _own_parts(self, arrays: Arrays | None) -> dict[str, Tensor]:
+        """Rank 0's arrays, of which each rank keeps what it has of the parameters: parts, or views. Collective."""
+        parts: dict[str, Tensor] = {}
+        for name, array in ranks.share_arrays(arrays)[1]:
+            assert array is not None
+            value, parameter = as_tensor(array), self._parameters[name]
+            if is_sharded(parameter):
+                parts[name] = torch.zeros_like(parameter, dtype=value.dtype)
+                copy_full(parts[name], value)
+            else:
+                parts[name] = value
+        return parts
+
+    def _refuse_shards(self, what: str, fix: str) -> None:
+        if any(is_sharded(parameter) for parameter in self._parameters.values()):
+            raise ConfigError(
+                f"{what} does not work with a sharded model", where="strategy", fix=f"{fix}, or train under DDP"
+            )
 
     def close(self) -> None:
         self.gradients.close()

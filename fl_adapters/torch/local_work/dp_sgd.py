@@ -17,7 +17,7 @@ from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.local_work.dp_sgd import DPSGD, EPSILON_METRIC
 from fl_adapters.participant.options import Every
 from fl_adapters.torch.local_work.correction import plain
-from fl_adapters.torch.ranks import world_size
+from fl_adapters.torch.ranks.collectives import world_size
 from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.gaussian import Releases

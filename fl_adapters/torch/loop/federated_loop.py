@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_model
 from torch import nn
 
 from fl_adapters.participant.local_work.dp_sgd import DPSGD
@@ -16,8 +14,10 @@ from fl_adapters.participant.options import Every, PrivateArguments
 from fl_adapters.torch.local_work.correction import plain
 from fl_adapters.torch.loop.local_round import LocalRound, LoopPort, StepCounter, TrainingData
 from fl_adapters.torch.progress import Progress, Tally, size_of
-from fl_adapters.torch.ranks import world_size
-from fl_adapters.torch.selection import parameters_of, unwrap, warn_of_unknown_parameters
+from fl_adapters.torch.ranks.collectives import world_size
+from fl_adapters.torch.ranks.sharded_state import save_module
+from fl_adapters.torch.ranks.shards import reshard
+from fl_adapters.torch.selection import parameters_of, warn_of_unknown_parameters
 from fl_adapters.torch.trainer_run import TrainerRun
 from fl_runtime.errors import ConfigError
 from fl_runtime.types import Metrics
@@ -39,8 +39,8 @@ class FederatedLoop(PrivateArguments):
     Outside a federation, that is without a startup kit, it prints one line, and `rounds` yields the same batches as
     `epochs` passes over the loader.
 
-    With Accelerate, give it what `accelerator.prepare` returned. Under DDP every rank runs the same loop, and rank 0
-    alone talks to the federation.
+    With Accelerate, give it what `accelerator.prepare` returned. Under DDP and FSDP2 every rank runs the same loop, and
+    rank 0 alone talks to the federation.
 
     Args:
         model: The module that is trained, in its wrapper (DDP, FSDP2) if it has one.
@@ -49,14 +49,14 @@ class FederatedLoop(PrivateArguments):
             returns the metrics by name, such as `{"loss": 0.3}`, or a pair of them and the number of validation
             examples, by which the sites' metrics are weighted. Without the number all sites count the same. It is
             called for each global model that arrives, without gradients, and the model's training mode is restored
-            afterwards. Under DDP every rank calls it, and rank 0's metrics count.
+            afterwards. Under DDP and FSDP2 every rank calls it, and rank 0's metrics count.
         scheduler: Learning-rate schedule that your loop steps. It is saved for exact restarts, and moved on if this
             site comes back behind the others.
         scheduler_steps: What `scheduler` counts: "step" for optimizer steps, "epoch" for epochs.
         stateful: Other objects whose state an exact restart must restore, by name: a gradient scaler, say. Each has
             `state_dict` and `load_state_dict`.
-        export: `export(folder)` writes the model in a format of your own. Default: its `save_pretrained` if it has
-            one, else `model.safetensors`.
+        export: `export(folder)` writes the model in a format of your own. It is called on rank 0, and on every rank if
+            the model is sharded. Default: its `save_pretrained` if it has one, else `model.safetensors`.
         best_at_end: Whether the model holds the weights of the best round after the loop, not those of the last.
         kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
             `fl-adapters simulate` set.
@@ -164,6 +164,7 @@ class FederatedLoop(PrivateArguments):
             ConfigError: For a model, optimizer or loop that cannot be federated.
             FederationError: If the sites do not fit together, or the run has failed.
         """
+        reshard(self._model)  # an evaluation before may have left full parameters in it
         _check_parameters(self._model, self._optimizers)
         if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
             raise ConfigError(
@@ -260,13 +261,7 @@ class FederatedLoop(PrivateArguments):
         return port
 
     def _save(self, folder: str) -> None:
-        """Write the model as it is: by its own `save_pretrained` if it has one, else as `model.safetensors`."""
-        model = unwrap(self._model)
-        os.makedirs(folder, exist_ok=True)
-        if callable(save_pretrained := getattr(model, "save_pretrained", None)):
-            save_pretrained(folder)
-        else:
-            save_model(model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        save_module(self._model, folder)
 
     @torch.no_grad()
     def _evaluated(self) -> tuple[Metrics, int]:
@@ -319,5 +314,5 @@ def _check_parameters(model: nn.Module, optimizers: Sequence[Any]) -> None:
         raise ConfigError(
             "the optimizer holds no parameter of the model, so the weights that travel would never change",
             where="FederatedLoop",
-            fix="give the model and the optimizer that was made from its parameters()",
+            fix="give the model and the optimizer that was made from its parameters(); make it after fully_shard()",
         )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_adapters.participant.options import Exchange
-from fl_adapters.torch.selection import is_sharded, unwrap
+from fl_adapters.torch.ranks.shards import is_sharded
+from fl_adapters.torch.selection import unwrap
 from fl_adapters.torch.state import Specs, TorchState, as_tensor
 from fl_runtime.aggregation.lora.names import Pair, pairs_of
 from fl_runtime.aggregation.lora.products import LoraProducts

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from fl_adapters.participant.exchange import matches
 from fl_adapters.participant.local_work.site_plan import SitePlan
 from fl_adapters.participant.options import SiteSettings
-from fl_adapters.torch import ranks
 from fl_adapters.torch.handshake.agreement import fingerprinted
 from fl_adapters.torch.lora.factors import LoraFactors
-from fl_adapters.torch.selection import is_sharded
+from fl_adapters.torch.ranks import collectives as ranks
+from fl_adapters.torch.ranks.sharded_state import ShardedState, state_of
+from fl_adapters.torch.ranks.shards import is_sharded
 from fl_adapters.torch.state import TorchState
 from fl_runtime.aggregation.lora.names import FROZEN, factor_of, frozen_as, frozen_patterns, pairs_of
 from fl_runtime.aggregation.lora.products import LoraProducts
@@ -52,12 +53,18 @@ def lora_state(
                 where="optimizer_state='average'",
                 fix='use optimizer_state="keep" or "reset"',
             )
+        if isinstance(default, ShardedState):
+            raise ConfigError(
+                f"{strategy.name} multiplies the two LoRA factors, and this site's ranks hold only parts of them",
+                where="strategy",
+                fix="use fedit or fedavg, or leave the adapter out of fully_shard()",
+            )
         return LoraFactors(model, settings.exchange, settings.keep_local, strategy, beside)
     if strategy.fixed:
         _refuse_zeros(strategy, default.tensors)
     local = strategy.local_patterns
     local = tuple(pattern for pattern in local if any(matches(name, [pattern]) for name in default.tensors))
-    return TorchState(model, settings.exchange, (*settings.keep_local, *local), beside) if local else default
+    return state_of(model, settings.exchange, (*settings.keep_local, *local), beside) if local else default
 
 
 def lora_facts(facts: dict[str, str | Names], plan: SitePlan, factors: Mapping[str, Tensor]) -> dict[str, str | Names]:

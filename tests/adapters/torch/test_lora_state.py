@@ -207,7 +207,7 @@ def test_ranks_and_scales_must_agree_only_where_they_have_to() -> None:
 def test_freezing_is_refused_where_several_ranks_train(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     freezing = LoraFreezing(dict(model.named_parameters()))
-    monkeypatch.setattr("fl_adapters.torch.ranks.several", lambda: True)
+    monkeypatch.setattr("fl_adapters.torch.ranks.collectives.several", lambda: True)
     freezing.begin({}, over=False)
     with pytest.raises(ConfigError, match="cannot be frozen while several ranks train"):
         freezing.begin({"lora_frozen": "A"}, over=False)

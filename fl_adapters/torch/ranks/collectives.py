@@ -7,8 +7,10 @@ in the same order. With one rank, or without a process group, they are plain cal
 from __future__ import annotations
 
 import json
+import queue
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +23,12 @@ from fl_runtime.types import Array, Arrays
 from fl_runtime.wire.dtypes import dtype_of
 
 T = TypeVar("T")
-_WAITING, _DONE, _FAILED = 0, 1, 2
+Functions = Mapping[str, Callable[[Any], Any]]
+"""Name -> collective function of one argument, which is rank 0's there and None on the other ranks."""
+Call = Callable[[str, Any], Any]
+"""call(name, argument): call one of the `Functions` on every rank, and return rank 0's result."""
+
+_WAITING, _DONE, _FAILED, _CALL = 0, 1, 2, 3
 _LONGEST_SILENCE_S = 2.0
 
 
@@ -56,12 +63,30 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
     Raises:
         FederationError: The function failed on rank 0.
     """
+    return on_rank_zero_with({}, lambda _call: work())
+
+
+def on_rank_zero_with(functions: Functions, work: Callable[[Call], T]) -> T | None:
+    """Call a function on rank 0 only, which may have all ranks call others meanwhile; else as `on_rank_zero`.
+
+    Args:
+        functions: Collective functions, of the same names on every rank. They run in the threads that train. If one
+            of them fails on any rank, `call` raises on rank 0, which decides what follows.
+        work: The function. It gets `call`.
+
+    Returns:
+        Its result on rank 0, None on the other ranks.
+
+    Raises:
+        FederationError: The function failed on rank 0.
+    """
     if not several():
-        return work()
+        return work(lambda name, argument: functions[name](argument))
     if dist.get_rank() == 0:
-        return _run_on_rank_zero(work)
-    while (flag := int(_broadcast(torch.tensor([_WAITING])))) == _WAITING:
-        pass
+        return _run_on_rank_zero(functions, work)
+    while (flag := int(_broadcast(torch.tensor([_WAITING])))) in (_WAITING, _CALL):
+        if flag == _CALL:
+            _answer(functions, share(None), None)
     if flag == _FAILED:
         raise FederationError.from_wire(share(None))
     return None
@@ -84,57 +109,85 @@ def share(value: Any) -> Any:
     return json.loads(data.cpu().numpy().tobytes())
 
 
-def share_arrays(arrays: Arrays | None) -> tuple[Specs, Iterator[tuple[str, Array]]]:
+def share_arrays(
+    arrays: Arrays | None, scattered: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: False
+) -> tuple[Specs, Iterator[tuple[str, Array | None]]]:
     """Give every rank the arrays of rank 0, one at a time. Collective.
 
     Args:
         arrays: Name -> array of any dtype on rank 0; ignored on the other ranks.
+        scattered: scattered(name, shape): whether only rank 0 gets an array, because the caller scatters it.
 
     Returns:
         The shapes and dtypes of the arrays, and an iterator over (name, array). The iterator is collective as well:
-        every rank must use it up, or no rank may start it. It yields rank 0's own arrays there, and new ones on the
-        other ranks.
+        every rank must use it up, or no rank may start it. It yields rank 0's own arrays there, and on the other ranks
+        new ones, or None in place of those that are scattered.
     """
     if not several():
         assert arrays is not None
         return specs_of(arrays), iter(arrays.items())
     rows = share([[n, list(shape), dtype] for n, (shape, dtype) in specs_of(arrays or {}).items()])
     specs = {name: (tuple(shape), dtype) for name, shape, dtype in rows}
-    return specs, _arrays_one_by_one(specs, arrays)
+    return specs, _arrays_one_by_one(specs, arrays, scattered)
 
 
-def _arrays_one_by_one(specs: Specs, arrays: Arrays | None) -> Iterator[tuple[str, Array]]:
+def _arrays_one_by_one(
+    specs: Specs, arrays: Arrays | None, scattered: Callable[[str, tuple[int, ...]], bool]
+) -> Iterator[tuple[str, Array | None]]:
     for name, (shape, dtype) in specs.items():
-        array = arrays[name] if arrays is not None and is_rank_zero() else np.empty(shape, dtype=dtype_of(dtype))
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if flat.size:
-            received = _broadcast(as_tensor(flat))
-            if not is_rank_zero():
-                array = received.cpu().numpy().view(array.dtype).reshape(shape)
-        yield name, array
+        own = arrays[name] if arrays is not None and is_rank_zero() else None
+        yield name, own if scattered(name, shape) else _shared(own, shape, dtype)
 
 
-def _run_on_rank_zero(work: Callable[[], T]) -> T:
+def _shared(own: Array | None, shape: tuple[int, ...], dtype: str) -> Array:
+    """Give every rank one array of rank 0."""
+    array = np.empty(shape, dtype=dtype_of(dtype)) if own is None else own
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if not flat.size:
+        return array
+    received = _broadcast(as_tensor(flat))
+    return received.cpu().numpy().view(array.dtype).reshape(shape) if own is None else own
+
+
+def _run_on_rank_zero(functions: Functions, work: Callable[[Call], T]) -> T:
     outcome: list[T] = []
+    requests: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+    replies: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     failure: list[BaseException] = []
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def call(name: str, argument: Any) -> Any:
+        requests.put((name, argument))
+        result, error = replies.get()
+        if error is not None:
+            raise error
+        return result
 
     def run() -> None:
         try:
             if device is not None:
                 torch.cuda.set_device(device)  # every thread has its own current device
-            outcome.append(work())
+            outcome.append(work(call))
         except BaseException as error:  # the main thread raises it
             failure.append(error)
+        finally:
+            requests.put(None)
 
     thread = threading.Thread(target=run, name="fl-adapters-rank-zero", daemon=True)
     thread.start()
     silence_s = min(_LONGEST_SILENCE_S, _timeout_s() / 5)
     while True:
-        thread.join(silence_s)
-        if not thread.is_alive():
+        try:
+            request = requests.get(timeout=silence_s)
+        except queue.Empty:
+            _broadcast(torch.tensor([_WAITING]))
+            continue
+        if request is None:
             break
-        _broadcast(torch.tensor([_WAITING]))
+        _broadcast(torch.tensor([_CALL]))
+        share(request[0])
+        replies.put(_answer(functions, *request))
+    thread.join()
     if not failure:
         _broadcast(torch.tensor([_DONE]))
         return outcome[0]
@@ -147,12 +200,34 @@ def _run_on_rank_zero(work: Callable[[], T]) -> T:
     raise error
 
 
+def _answer(functions: Functions, name: str, argument: Any) -> tuple[Any, Exception | None]:
+    """Call a collective function; return its result, and the error if it failed on any rank. Collective."""
+    result, error = None, None
+    try:
+        result = functions[name](argument)
+    except Exception as failure:  # rank 0's thread that asked raises it
+        error = failure
+        if not (is_rank_zero() or isinstance(failure, FederationError)):
+            print(f"fl-adapters: {name} failed on rank {dist.get_rank()}: {failure!r}", file=sys.stderr, flush=True)
+    failed = torch.tensor([error is not None], dtype=torch.int64, device=_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if error is None and int(failed):
+        error = FederationError(f"{name} failed on another rank of this site", where="see that rank's output")
+    return result, error
+
+
 def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Return rank 0's tensor on every rank, on a device that the process group's backend can reach."""
-    if "gloo" not in str(dist.get_backend_config()):
-        tensor = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    tensor = tensor.to(_device())
     dist.broadcast(tensor, src=0)
     return tensor
+
+
+def _device() -> torch.device:
+    """A device that the process group's backend can reach."""
+    if "gloo" in str(dist.get_backend_config()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _timeout_s() -> float:
