@@ -58,8 +58,8 @@ class FederatedCallback(PrivateArguments, *callback_classes()):  # type: ignore[
 
     Raises:
         ConfigError: For an argument that cannot work. The hooks raise it too, before the first step, for what cannot
-            be federated: FSDP, DeepSpeed and other split models, weight averaging callbacks, lazily initialised
-            parameters, and a Trainer that was used before.
+            be federated: FSDP1 and DeepSpeed, weight averaging callbacks, lazily initialised parameters, and a Trainer
+            that was used before.
 
     Example:
         ```python

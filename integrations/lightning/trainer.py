@@ -26,8 +26,7 @@ from . import scores
 from .framework import silent_logger
 
 _STRATEGIES = {
-    "FSDPStrategy": "FSDP keeps a part of the weights on each rank, which new global weights would not reach",
-    "ModelParallelStrategy": "parameters that are split over ranks have not been tested",
+    "FSDPStrategy": "it is FSDP1, which puts the parameters of a layer into one flat tensor, without names and shapes",
     "DeepSpeedStrategy": "DeepSpeed keeps master copies of the weights that new global weights would not reach",
     "XLAStrategy": "several XLA devices have not been tested",
     "XLAFSDPStrategy": "several XLA devices have not been tested",
@@ -81,7 +80,8 @@ def refuse_unsupported(trainer: Any, callback_class: type) -> None:
         for thing in what:
             reason = next((names[c.__name__] for c in type(thing).__mro__ if c.__name__ in names), None)
             if reason is not None:
-                fix = "use strategy='ddp', or one device" if names is _STRATEGIES else "leave that callback out"
+                other = "use ModelParallelStrategy with fully_shard() in configure_model (FSDP2), or strategy='ddp'"
+                fix = other if names is _STRATEGIES else "leave that callback out"
                 raise ConfigError(f"this cannot be federated: {reason}", where=type(thing).__name__, fix=fix)
     if trainer.global_step > 0:
         raise ConfigError(

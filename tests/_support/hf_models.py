@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import (
     BertConfig,
@@ -113,6 +114,18 @@ def arguments(**changed: Any) -> TrainingArguments:
         **changed,
     }
     return TrainingArguments(**fields)
+
+
+def shard_by_accelerate(trainer: Trainer) -> None:
+    """Let accelerate shard the model by FSDP2, as `fsdp_version: 2` does. It does so by itself on several GPUs only."""
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
 
 
 def trainer(callback: Any = None, **given: Any) -> Trainer:

@@ -170,11 +170,14 @@ def test_pattern_without_a_match_is_refused_before_the_first_step(federation) ->
     assert trainer.state.global_step == 0
 
 
+FSDP1 = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+
+
 @pytest.mark.parametrize(
     ("feature", "reason"),
     [
         ({"is_deepspeed_enabled": True}, "DeepSpeed keeps master copies"),
-        ({"is_fsdp_enabled": True}, "accelerate's FSDP"),
+        ({"is_fsdp_enabled": True, "accelerator": FSDP1}, "FSDP1 puts the parameters"),
         ({"model": SimpleNamespace(_tp_size=2)}, "tensor parallelism"),
     ],
 )

@@ -13,6 +13,7 @@ import hf_models as m
 import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file
 
 from fl_adapters.torch.state import TorchState
 
@@ -192,51 +193,59 @@ import torch
 import torch.distributed as dist
 import hf_models as m
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 from fl_adapters.hf import FederatedCallback
 
 torch.set_num_threads(1)
-arguments = m.arguments(ddp_backend="gloo", per_device_train_batch_size=4, save_only_model=True)
+arguments = m.arguments(ddp_backend="gloo", per_device_train_batch_size=4)
 arguments.device  # begins the process group
-model = AutoModelForCausalLM.from_pretrained(VALUES["base"], distributed_config=DistributedConfig(fsdp_size=2))
+options = {}
+if VALUES["by"] == "transformers":
+    from transformers.distributed import DistributedConfig
+
+    options["distributed_config"] = DistributedConfig(fsdp_size=2)
+model = AutoModelForCausalLM.from_pretrained(VALUES["base"], **options)
 model = m.adapted(model) if VALUES["lora"] else model
-assert any(hasattr(p, "full_tensor") for p in model.parameters())
-m.Trainer(
+trainer = m.Trainer(
     model=model, args=arguments, train_dataset=m.Sentences(32), eval_dataset=m.Sentences(16, seed=5),
     callbacks=[FederatedCallback()],
-).train()
-RESULT = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
-"""
-needs_native_fsdp = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5,
-    reason="transformers 4 has no FSDP2 of its own; accelerate's needs a GPU",
 )
+if VALUES["by"] == "accelerate":
+    m.shard_by_accelerate(trainer)
+trainer.train()
+sharded = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
+RESULT = len(sharded), {
+    n.replace(".default", ""): (p.full_tensor() if n in sharded else p).detach().numpy()
+    for n, p in model.named_parameters() if p.requires_grad
+}
+"""
 
 
-@needs_native_fsdp
-def test_adapter_over_a_base_sharded_by_fsdp2(federation, tmp_path) -> None:
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_sites_sharded_by_fsdp2_train_the_model_of_ddp(federation, tmp_path, lora) -> None:
     import peft
-    import torch
 
-    run = federation(sites=2, rounds=2)
-    base = m.decoder()
-    base.save_pretrained(tmp_path / "base")
-    partner = run.partner(m.adapted(base), halved)  # not sharded: sites may differ in this
-    results = [rank.result() for rank in two_ranks(run, FSDP, base=str(tmp_path / "base"))]
-    partner.ended()
-    assert len(run.ended().rounds) == 2
-    for weights in results:
-        assert len(weights) == len(partner.received[-1])
-        for name, value in weights.items():
-            assert np.array_equal(value, partner.received[-1][name.replace(".default", "")])
-    opened = peft.PeftModel.from_pretrained(m.decoder(), run.folder / "model")
-    for name, parameter in opened.named_parameters():
-        if name in results[0]:
-            assert torch.equal(parameter, torch.from_numpy(results[0][name]))
-
-
-@needs_native_fsdp
-def test_full_fine_tuning_of_a_sharded_model_is_refused_on_every_rank(federation, tmp_path) -> None:
     m.decoder().save_pretrained(tmp_path / "base")
-    for rank in two_ranks(federation(), FSDP, base=str(tmp_path / "base"), lora=False):
-        assert "only a PEFT adapter can travel" in rank.error()
+    models = {}
+    for by in ("ddp", "transformers", "accelerate"):
+        if by == "transformers" and int(transformers.__version__.split(".")[0]) < 5:
+            continue  # transformers 4 has no FSDP2 of its own
+        run = federation(sites=2, rounds=2)
+        # the partner does not shard: sites may differ in this
+        partner = run.partner(m.adapted(m.decoder()) if lora else m.decoder(), halved)
+        results = [rank.result() for rank in two_ranks(run, FSDP, base=str(tmp_path / "base"), lora=lora, by=by)]
+        partner.ended()
+        assert len(run.ended().rounds) == 2
+        models[by] = partner.received[-1]
+        for sharded, weights in results:
+            assert (sharded > 0) == (by != "ddp")
+            assert all(np.array_equal(weights[name], value) for name, value in models[by].items())
+        if lora:  # nothing of the base
+            assert len(load_file(run.folder / "model" / "adapter_model.safetensors")) == len(models[by])
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base" if lora else run.folder / "model")
+        opened = peft.PeftModel.from_pretrained(opened, run.folder / "model") if lora else opened
+        for name, parameter in opened.named_parameters():
+            if (value := models[by].get(name.replace(".default", ""))) is not None:
+                assert np.array_equal(parameter.detach().numpy(), value), name
+    for by, model in models.items():
+        for name, value in models["ddp"].items():
+            assert np.abs(model[name] - value).max() < 1e-6, (by, name)

@@ -1,4 +1,4 @@
-"""Distributed training within a site: two processes over gloo, started by Lightning's own launcher."""
+"""DDP and FSDP2 within a site: two processes over gloo, started by Lightning's own launcher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import lightning_models as m
 import pytest
 import torch
 from lightning_ddp_site import fit
+from safetensors.torch import load_file
 
 from fl_adapters.participant.kit import read_kit
 from fl_adapters.participant.registry import close_sessions
@@ -23,10 +24,10 @@ from fl_adapters.participant.registry import close_sessions
 TIMEOUT_S = 240
 
 
-def on_two_ranks(kit: str, folder: Path) -> tuple[int, str]:
+def on_two_ranks(kit: str, folder: Path, by: str = "ddp") -> tuple[int, str]:
     """Train a site on two ranks; return its exit status and output. Each rank leaves a file in `folder`."""
     folder.mkdir()
-    command = [sys.executable, lightning_ddp_site.__file__, m.PACKAGES[0], str(folder)]
+    command = [sys.executable, lightning_ddp_site.__file__, m.PACKAGES[0], str(folder), by]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -52,15 +53,24 @@ def partner(run: Any, **more: Any) -> threading.Thread:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "phases"), [("fedavg", 1), ("fedprox:mu=0.5", 1), ("scaffold", 1), ("ditto", 2)])
-def test_two_ranks_end_as_one_process_would(federation, tmp_path, strategy, phases) -> None:
+@pytest.mark.parametrize(
+    ("by", "strategy", "phases"),
+    [
+        ("ddp", "fedavg", 1),
+        ("ddp", "fedprox:mu=0.5", 1),
+        ("ddp", "scaffold", 1),
+        ("ddp", "ditto", 2),
+        ("fsdp2", "fedavg", 1),
+    ],
+)
+def test_two_ranks_end_as_one_process_would(federation, tmp_path, by, strategy, phases) -> None:
     settings = {"sites": 2, "rounds": 3, "optimizer_state": "average", "every": 2, "strategy": strategy}
     settings["cross_site"] = strategy == "fedavg"
     plain = federation(**settings)
     plain.run(lambda place: fit(m.package(), place.kit, devices=1))
     run = federation(sockets=True, states=None, **settings)
     other = partner(run)
-    status, output = on_two_ranks(run.places[0].kit, tmp_path / "results")
+    status, output = on_two_ranks(run.places[0].kit, tmp_path / "results", by)
     assert status == 0, output
     other.join(TIMEOUT_S)
     assert len(run.result().rounds) == 3
@@ -68,6 +78,9 @@ def test_two_ranks_end_as_one_process_would(federation, tmp_path, strategy, phas
         left = torch.load(tmp_path / "results" / f"rank-{rank}.pt", weights_only=True)
         assert left["steps"] == 6 * phases and left["logged"] == 3
         assert m.same({n: t.numpy() for n, t in left["weights"].items()}, run.model())
+    written = torch.load(run.folder / "model" / "model.ckpt", weights_only=True)["state_dict"]
+    for saved in (written, load_file(run.folder / "model" / "model.safetensors")):
+        assert m.same({n: t.numpy() for n, t in saved.items()}, run.model())
     for name, value in plain.model().items():
         assert run.model()[name] == pytest.approx(value, abs=1e-6), name
     told = [[e for e in one.events if e.site == "site-1"] for one in (run, plain)]
