@@ -119,7 +119,7 @@ def agree(federation: Federation, table: Table, rules: StatisticsRules, question
         if own in members.by_column[name] and _kind(told.columns[name]) == "categorical":
             more += [["category", name, text] for text in pooled_categories(shown[name], rules.smallest_count)[0]]
     categories = _read(large_union(federation, [json.dumps(line) for line in more]), told, question)
-    _check_names(told, question)
+    _check_names(told, question, table)
     return _plan(told, members, categories)
 
 
@@ -176,7 +176,7 @@ def _parsed(line: str) -> Any:
     return found if all(map(str.isprintable, texts)) and all(map(math.isfinite, numbers)) else None
 
 
-def _check_names(told: _Told, question: Question) -> None:
+def _check_names(told: _Told, question: Question, table: Table) -> None:
     """Raise the error for a column that `features` names and no site has."""
     absent: dict[str, set[str]] = {}
     for absence in told.absences.values():
@@ -186,7 +186,7 @@ def _check_names(told: _Told, question: Question) -> None:
             raise ConfigError(
                 f"no site has a column {name!r}",
                 where=_WHERE,
-                fix=f"{did_you_mean(name, told.columns)}name columns of the tables in features=",
+                fix=f"{did_you_mean(name, table.names)}name columns of the tables in features=",
             )
 
 

@@ -129,6 +129,7 @@ class Table:
     Attributes:
         rows: Number of rows.
         columns: Name -> column, in the table's order.
+        names: Names of all columns of the data, also of those that are not described.
         skipped: Name -> why a column has no statistics.
         products: Sums for each pair of columns, in the order of `columns`.
     """
@@ -136,6 +137,7 @@ class Table:
     def __init__(self) -> None:
         self.rows = 0
         self.columns: dict[str, Column] = {}
+        self.names: list[str] = []
         self.skipped: dict[str, str] = {}
         self.products = Products.empty(0)
         self._names: list[str] = []
@@ -173,6 +175,7 @@ class Table:
                 self.products.product[number, number] = self.products.square[number, number]
 
     def _begin(self, frame: Any, features: Sequence[str] | None, categorical: Sequence[str]) -> None:
+        self.names = list(frame.columns)
         wanted = frame.columns if features is None else [name for name in features if name in frame.columns]
         for name in wanted:
             if not isinstance(name, str) or not 0 < len(name) <= _NAME_CHARS or not name.isprintable():

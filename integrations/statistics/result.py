@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fl_runtime.errors import ConfigError
+from fl_runtime.text import parse_json
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = 1
+_BY_LEVEL = ("quantiles", "value_error")
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,44 @@ class Statistics:
     per_site: Mapping[str, SiteStatistics] = field(default_factory=dict)
     noise: Mapping[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> str:
+    def to_json(self, indent: int | None = 1) -> str:
         """Return the document as JSON.
+
+        Args:
+            indent: Spaces before what is inside; None for one line.
 
         Returns:
             A text without NaN or infinity: what is not defined is null.
         """
-        return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, indent=1)
+        return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Statistics:
+        """Return the statistics of a document that `to_json` has made.
+
+        Args:
+            text: The document.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ConfigError: It is no such document.
+        """
+        try:
+            fields = parse_json(text)
+            if fields.pop("format") != FORMAT:
+                raise ValueError("it has another format number")
+            per_site = {name: SiteStatistics(own["rows"], _features(own)) for name, own in fields["per_site"].items()}
+            absences = tuple(Absence(**absence) for absence in fields["absences"])
+            made = {"sites": tuple(fields["sites"]), "features": _features(fields)}
+            return cls(**{**fields, **made, "absences": absences, "per_site": per_site})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"this is no document of statistics: {error}",
+                where="Statistics.from_json",
+                fix="use to_json to make one",
+            ) from None
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a table with a row for each column of the data.
@@ -157,6 +190,22 @@ class Statistics:
             raise ConfigError("to_pandas needs pandas", where="Statistics", fix="pip install pandas") from None
         rows = {name: _row(feature) for name, feature in self.features.items()}
         return pandas.DataFrame.from_dict(rows, orient="index")
+
+
+def _features(fields: Mapping[str, Any]) -> dict[str, Numeric | Categorical]:
+    return {name: _feature(own) for name, own in fields["features"].items()}
+
+
+def _feature(fields: dict[str, Any]) -> Numeric | Categorical:
+    if "categories" in fields:
+        return Categorical(**fields)
+    histogram = fields.pop("histogram")
+    if histogram is not None:
+        edges, counts = tuple(histogram.pop("edges")), tuple(histogram.pop("counts"))
+        histogram = Histogram(edges, counts, **histogram)
+    for name in _BY_LEVEL:
+        fields[name] = {float(level): value for level, value in fields[name].items()}
+    return Numeric(**fields, histogram=histogram)
 
 
 def _row(feature: Numeric | Categorical) -> dict[str, Any]:
