@@ -6,6 +6,16 @@ from fl_adapters.extras import needs_extra
 
 with needs_extra("statistics", "narwhals"):
     from .federated import describe
+    from .images import describe_images
     from .result import Absence, Categorical, Histogram, Numeric, SiteStatistics, Statistics
 
-__all__ = ["Absence", "Categorical", "Histogram", "Numeric", "SiteStatistics", "Statistics", "describe"]
+__all__ = [
+    "Absence",
+    "Categorical",
+    "Histogram",
+    "Numeric",
+    "SiteStatistics",
+    "Statistics",
+    "describe",
+    "describe_images",
+]

@@ -69,13 +69,7 @@ class Column:
         """Take the rows of a chunk; return them as float64 with NaN for missing ones if the column is numeric."""
         if series.dtype.is_numeric() and not self._categorical:
             values = np.array(series.cast(nw.Float64).to_numpy(), np.float64)
-            values[~np.isfinite(values)] = np.nan
-            there = values[~np.isnan(values)]
-            self._count("numeric", len(there), len(values))
-            if len(there):
-                self._low, self._high = min(self._low, float(there.min())), max(self._high, float(there.max()))
-            self.too_large = max(-self._low, self._high) > _LARGEST
-            self.sketch.add(there)
+            self.add_numbers(values)
             return values
         known = series.drop_nulls()
         if series.dtype.is_float():
@@ -84,6 +78,16 @@ class Column:
         if len(known) and not self.too_many:
             self._add_texts(known)
         return None
+
+    def add_numbers(self, values: Array) -> None:
+        """Take numbers, float64; those that are not finite become NaN in place."""
+        values[~np.isfinite(values)] = np.nan
+        there = values[~np.isnan(values)]
+        self._count("numeric", len(there), len(values))
+        if len(there):
+            self._low, self._high = min(self._low, float(there.min())), max(self._high, float(there.max()))
+        self.too_large = max(-self._low, self._high) > _LARGEST
+        self.sketch.add(there)
 
     def values(self) -> tuple[Array, Array]:
         """Return the values of a numeric column, sorted, and how often each occurs: exact ones, or middles of cells.
@@ -160,6 +164,18 @@ class Table:
                     values[:, number] = found
             self.products = self.products.plus(values)
             self.rows += len(part)
+
+    @classmethod
+    def of_arrays(cls, columns: Mapping[str, Array], rows: int) -> Table:
+        """Return a table of columns of numbers, float64, with NaN for missing ones."""
+        made = cls()
+        made.rows, made.products = rows, Products.empty(len(columns))
+        for name, values in columns.items():
+            made.columns[name] = Column(name, categorical=False)
+            made.columns[name].add_numbers(values)
+        if columns:
+            made.products = made.products.plus(np.stack(list(columns.values()), axis=1))
+        return made
 
     def add_products(self) -> None:
         """Set the products of each column with itself, from the values of the columns."""

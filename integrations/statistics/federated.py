@@ -80,12 +80,23 @@ def describe(
     table = read_table(data, question.features, question.categorical)
     if federation is not None:
         steady = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
-        return _over(steady, table, rules, question)
+        return over(steady, table, rules, question)
     with fl_adapters.sums(kit=kit, required=required) as block:
-        return _over(SameSites(block), table, rules, question)
+        return over(SameSites(block), table, rules, question)
 
 
-def _over(federation: Federation, table: Table, rules: StatisticsRules, question: Question) -> Statistics:
+def over(federation: Federation, table: Table, rules: StatisticsRules, question: Question) -> Statistics:
+    """Describe a table that has been read over all sites.
+
+    Args:
+        federation: The federation.
+        table: This site's table.
+        rules: What this site allows.
+        question: The checked arguments of `describe`.
+
+    Returns:
+        The statistics, the same at every site.
+    """
     table = with_noise(table, rules) if rules.epsilon is not None else table
     plan = agree(federation, table, rules, question)
     own = Share(table, plan, federation.site.name, rules.smallest_count)

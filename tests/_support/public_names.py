@@ -27,7 +27,9 @@ PUBLIC = {
         TfidfVectorizer TruncatedSVD as_sklearn cross_val_score over
     """,
     "fl_adapters.partition": "Partition by_column by_feature by_label by_quantity iid",
-    "fl_adapters.statistics": "Absence Categorical Histogram Numeric SiteStatistics Statistics describe",
+    "fl_adapters.statistics": """
+        Absence Categorical Histogram Numeric SiteStatistics Statistics describe describe_images
+    """,
     "fl_adapters.evaluation": "Absence Evaluation ModelScores ReliabilityBin RocPoint Scores evaluate",
     "fl_adapters.testing": """
         AdapterCase AdapterExample Correct CorrectedLoop CorrectionCase CorrectionExample CrossSiteCase Death
