@@ -20,8 +20,9 @@ that colludes with sites may try many keys of theirs; each doubling of the tries
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
+from itertools import accumulate
 from math import comb
 
 from fl_runtime.secure_sum.context import DEFAULT_THRESHOLD, needed_holders
@@ -63,6 +64,21 @@ class Graph:
             others = (self._circle[(place + step) % count] for step in range(first, first + size + 1) if step)
             self._neighbours[name] = tuple(sorted(others))
         return self._neighbours[name]
+
+    def count_left(self, survivors: Collection[str]) -> dict[str, int]:
+        """Return how many of each survivor and its neighbours survive.
+
+        Args:
+            survivors: Names of sites.
+
+        Returns:
+            Survivor -> number, 1 for a site that has lost all of its neighbours.
+        """
+        count, size = len(self._circle), degree(len(self._circle))
+        around = [name in survivors for name in (*self._circle, *self._circle)]
+        before = [0, *accumulate(around)]  # survivors before each place; the circle is passed twice
+        windows = ((name, (self._places[name] - size // 2) % count) for name in survivors)
+        return {name: before[first + size + 1] - before[first] for name, first in windows}
 
 
 @lru_cache(maxsize=256)

@@ -65,6 +65,10 @@ class Roster:
         """Return those that hold shares of a participant's secrets: its neighbours and itself, in order."""
         return tuple(sorted((*self.neighbours(site), site)))
 
+    def count_left(self, survivors: Collection[str]) -> dict[str, int]:
+        """Return how many holders of each survivor survive."""
+        return self._graph.count_left(survivors)
+
     def number(self, site: str) -> int:
         """Return the point at which a participant holds its shares: its place among all, from 1."""
         return self._numbers[site]

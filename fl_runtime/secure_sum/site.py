@@ -373,13 +373,12 @@ class SiteSums:
         roster = state.roster
         if roster.is_complete:
             return
-        for name in survivors:
-            holders = roster.holders(name)
-            needed = (self._rules.needed if name == self._site else SumRules().needed)(len(holders))
-            if len(survivors.intersection(holders)) < needed:
+        holders = len(roster.holders(self._site))  # as many as every other site has
+        for name, left in roster.count_left(survivors).items():
+            needed = (self._rules if name == self._site else SumRules()).needed(holders)
+            if left < needed:
                 self._refuse(
-                    f"fewer than {needed} of the {len(holders)} holders of {name} survive: the sum would hardly hide "
-                    "its vector",
+                    f"{left} of the {holders} holders of {name} survive, and it takes {needed} to hide its vector",
                     roster.round,
                     roster.stage,
                 )

@@ -51,3 +51,12 @@ def test_thirty_percent_dropouts_leave_enough_holders(count: int) -> None:
 
 def test_a_degree_is_not_chosen_larger_than_needed() -> None:
     assert [degree(count) for count in (31, 32, 100, 200, 1000)] == [30, 26, 76, 146, 430]
+
+
+@pytest.mark.parametrize("count", [3, 8, 31, 32, 33, 100])
+def test_survivors_among_neighbours_are_counted(count: int) -> None:
+    names = [f"site-{number}" for number in range(count)]
+    graph = Graph(names, b"seed")
+    survivors = set(np.random.default_rng(count).choice(names, count * 2 // 3, replace=False))
+    expected = {name: len(survivors & {name, *graph.neighbours(name)}) for name in survivors}
+    assert graph.count_left(survivors) == expected
