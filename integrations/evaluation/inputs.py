@@ -156,6 +156,9 @@ def read_rows(truth: Any, predictions: Any, groups: Mapping[str, Any] | None, qu
             raise ConfigError(
                 f"{name!r} has {length} rows and the truth {len(values)}", where=_WHERE, fix="pass one for each row"
             )
+    for name, prediction in read.items():
+        if prediction.kind == "labels":
+            _check_labels(name, set(prediction.values.tolist()), set(values.tolist()))
     return Rows(values, read, texts)
 
 
@@ -174,6 +177,17 @@ def label_text(value: Any) -> str:
             fix=f"use numbers, or printable texts of {_NAME_CHARS} characters",
         )
     return text
+
+
+def _check_labels(name: str, predicted: set[str], true: set[str]) -> None:
+    """Raise ConfigError if a model predicts several labels, and none of the several that this site has."""
+    if min(len(predicted), len(true)) > 1 and not predicted & true:
+        shown = (", ".join(sorted(labels)[:5]) for labels in (predicted, true))
+        raise ConfigError(
+            "the model {!r} predicts {}, and the truth is {}".format(name, *shown),
+            where=_WHERE,
+            fix="name the labels alike in both, or pass scores as floats",
+        )
 
 
 def _check_names(what: str, names: Mapping[Any, Any], least: int, most: int) -> None:

@@ -263,6 +263,7 @@ def test_sites_that_ask_for_different_things_are_told() -> None:
         ([0, 1], [0.2, 0.3], {"positive": 2}, "positive='2' is not one of two labels"),
         ([0, 1], [0.2, 0.3], {"labels": ["0", "a"]}, "has the label '1'"),
         ([0, None], [0.2, 0.3], {}, "no value in row 1"),
+        ([0, 1], ["f", "m"], {}, "'model' predicts f, m, and the truth is 0, 1"),
         ([0, 1], {}, {}, "0 of a model"),
         ([0, 1], [0.2, 0.3], {"task": "ranking"}, "task='ranking'"),
         ([0, 1], [0.2, 0.3], {"smallest_cell": 0}, "smallest_cell=0"),
