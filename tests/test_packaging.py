@@ -52,12 +52,17 @@ def in_wheel(path: Path) -> str:
     return path.relative_to(ROOT).as_posix().replace("integrations/", "fl_adapters/", 1)
 
 
+def is_template(path: Path) -> bool:
+    """Whether this is a file that `fl-adapters new` writes."""
+    return path.is_file() and path.parent.parent.name == "templates"
+
+
 def shipped_sources() -> set[str]:
     found = [path for top in SOURCES for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
     return {
         in_wheel(path)
         for path in found
-        if path.suffix in (".py", ".pyi", ".proto", ".css", ".js") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".proto", ".css", ".js") or path.name == "py.typed" or is_template(path)
     }
 
 

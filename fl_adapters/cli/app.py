@@ -14,7 +14,7 @@ import typer
 from fl_adapters.cli.federation import app as federation_app
 from fl_adapters.cli.job import app as job_app
 from fl_adapters.cli.privacy import app as privacy_app
-from fl_adapters.cli.script_command import ScriptCommand
+from fl_adapters.cli.scripts.script_command import ScriptCommand
 from fl_adapters.cli.site import app as site_app
 from fl_runtime.version import VERSION
 
@@ -237,6 +237,28 @@ def evaluate(
 @app.command(
     epilog="""\b
 Examples:
+  fl-adapters new torch tumour
+  fl-adapters new hf sentiment --json""",
+)
+def new(
+    framework: Annotated[
+        str, typer.Argument(metavar="FRAMEWORK", help="hf, lightning, keras, monai, xgboost, torch or sklearn.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files. Made if it does not exist.")],
+    as_json: _Json = False,
+) -> None:
+    """Begin with a script that runs alone and federated: train.py, job.yml, README.md and test_train.py in DIR.
+
+    The script makes up its data, so it runs as it is; put your own data and model in. No file is replaced.
+    """
+    from fl_adapters.cli.scripts import new as command
+
+    sys.exit(command.run(framework, folder, as_json))
+
+
+@app.command(
+    epilog="""\b
+Examples:
   fl-adapters report runs/train-1202-101500
   fl-adapters report runs/train-1202-101500 --out train.html --json"""
 )
@@ -319,9 +341,13 @@ def compare(
 Examples:
   fl-adapters doctor
   fl-adapters doctor --port 8765 --json
-  fl-adapters doctor --kit kits/north"""
+  fl-adapters doctor --kit kits/north
+  fl-adapters doctor train.py    what in a script would not work in a federation"""
 )
 def doctor(
+    script: Annotated[
+        Path | None, typer.Argument(metavar="SCRIPT", help="Training script to read instead. It is not run.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Folder for runs, to check its disk.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="TCP port to check; 0 checks none.", min=0, max=65535)] = 0,
     kit: Annotated[
@@ -329,14 +355,14 @@ def doctor(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Check this machine and a startup kit, and say how to fix what is wrong.
+    """Check this machine and a startup kit, or a training script, and say how to fix what is wrong.
 
     Checks versions, ports, disk and limits; with --kit also the certificate, the way to the server and its clock. The
     exit status is 1 if a problem keeps runs from working.
     """
     from fl_adapters.cli.doctor import command
 
-    sys.exit(command.run(folder, port, kit, as_json))
+    sys.exit(command.run(folder, port, kit, as_json, script))
 
 
 @app.command(
@@ -386,7 +412,7 @@ def bundle(
 
     --dataset_dir '$"data/" + @federated_site.name'
     """
-    from fl_adapters.cli import bundle as command
+    from fl_adapters.cli.scripts import bundle as command
 
     sys.exit(command.run(arguments))
 

@@ -15,10 +15,12 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fl_adapters.cli.doctor.checks import Check, Status
+from fl_adapters.cli.doctor.script_checks import script_checks
 from fl_adapters.cli.output import console_for, show_json
 from fl_adapters.environments.processes import available_cores
 from fl_adapters.participant.kit import KIT_VARIABLE, read_kit
@@ -30,10 +32,12 @@ _NEEDED_FILES = 1024
 _TIMEOUT_S = 10.0
 
 
-def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
+def run(folder: Path, port: int, kit: Path | None, as_json: bool, script: Path | None = None) -> int:
     """Run all checks and show them. Returns exit status 1 if there is a problem."""
     console = console_for(as_json)
     console.print("fl-adapters doctor: checking", style="dim")
+    if script is not None:
+        return _show(list(script_checks(script)), console, as_json)
     checks = [*_machine(), *_packages(), _loopback(), _disk(folder), _open_files()]
     if kit is None:
         checks.append(_kit())
@@ -43,6 +47,10 @@ def run(folder: Path, port: int, kit: Path | None, as_json: bool) -> int:
         checks += kit_checks(kit)
     if port:
         checks.append(_port(port))
+    return _show(checks, console, as_json)
+
+
+def _show(checks: list[Check], console: Console, as_json: bool) -> int:
     problems = [check for check in checks if check.status == "problem"]
     console.print(_table(checks))
     console.print(f"problems: {len(problems)}" if problems else "nothing is wrong", highlight=False)

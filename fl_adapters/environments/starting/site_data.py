@@ -59,6 +59,7 @@ def names_of(data: DataOfSites | None) -> tuple[str, ...] | None:
         ConfigError: No file matches the pattern, or a name cannot be that of a site.
     """
     if isinstance(data, Mapping):
+        _check_any(data)
         return check_names(tuple(data))
     pattern = _pattern(data)
     if pattern is None or is_address(pattern):
@@ -85,6 +86,7 @@ def places_of(data: DataOfSites | None, sites: Iterable[str]) -> dict[str, str]:
     """
     sites = tuple(sites)
     if isinstance(data, Mapping):
+        _check_any(data)
         _check_same(sites, tuple(data))
         given = {site: os.fspath(data[site]) for site in sites}
     elif (pattern := _pattern(data)) is not None:
@@ -116,6 +118,11 @@ def _matches(pattern: str) -> tuple[str, ...]:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _check_any(data: Mapping[str, object]) -> None:
+    if not data:
+        raise ConfigError("data are given for no site", where="data", fix=_FIX)
 
 
 def _check_same(sites: Sequence[str], named: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fl_adapters.cli.app import app
 from fl_adapters.cli.doctor import command as doctor
 from fl_adapters.cli.live import live_table
-from fl_adapters.cli.script_command import split
+from fl_adapters.cli.scripts.script_command import split
 from fl_adapters.job import Job
 from fl_adapters.participant.kit import Kit
 from fl_runtime.errors import ConfigError

@@ -80,6 +80,12 @@ def test_data_and_sites_must_have_the_same_names(parts: Path) -> None:
         places_of(data, ["north"])
 
 
+def test_an_empty_table_is_a_mistake() -> None:
+    for sites in (None, ["north"]):
+        with pytest.raises(ConfigError, match="data are given for no site"):
+            Job(app=__file__).run(Simulation(sites=sites, data={}))
+
+
 @pytest.mark.parametrize("environment", [Simulation, ProofOfConcept])
 def test_data_that_are_not_there_are_refused_before_anything_starts(
     environment: type[Simulation] | type[ProofOfConcept], parts: Path

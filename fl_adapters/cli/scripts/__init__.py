@@ -1,0 +1,1 @@
+"""Commands about training scripts on this machine, and the templates of new ones."""
