@@ -52,6 +52,11 @@ def in_wheel(path: Path) -> str:
     return path.relative_to(ROOT).as_posix().replace("integrations/", "fl_adapters/", 1)
 
 
+def adapters() -> set[str]:
+    """The integrations that need a framework: all but the one that divides data sets of any of them."""
+    return {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} - {"partition"}
+
+
 def is_template(path: Path) -> bool:
     """Whether this is a file that `fl-adapters new` writes."""
     return path.is_file() and path.parent.parent.name == "templates"
@@ -133,8 +138,7 @@ def test_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
     version = python("import fl_adapters; print(fl_adapters.__version__)", path=installed, cwd=tmp_path)
     assert (found["Name"], found["Version"], found["License-Expression"]) == ("fl-adapters", version, "Apache-2.0")
     assert found["Requires-Python"] == ">=3.11"
-    integrations = {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")}
-    assert integrations <= set(found.get_all("Provides-Extra"))
+    assert adapters() <= set(found.get_all("Provides-Extra"))
 
 
 def test_the_description_is_the_readme_without_pictures_that_the_package_lacks(wheel: Path) -> None:
@@ -162,7 +166,7 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
         "dev",
     }  # a twin; servers'; tools of tracking; ours
     assert brought == set(extras) - left_out
-    assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
+    assert adapters() <= brought
 
 
 def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
