@@ -23,6 +23,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("fl_runtime", "fl_adapters", "integrations")
+BASE = {"evaluation", "partition", "statistics"}  # integrations that the base install suffices for
 HELD = {"torch"}  # at one release everywhere: constraints/newest.txt
 MODULES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml"}  # package -> module, where they differ
 HEAVY = (
@@ -53,8 +54,8 @@ def in_wheel(path: Path) -> str:
 
 
 def adapters() -> set[str]:
-    """The integrations that need a framework: all but the one that divides data sets of any of them."""
-    return {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} - {"partition"}
+    """The integrations with an extra: those that need a package which the base install does not bring."""
+    return {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} - BASE
 
 
 def is_template(path: Path) -> bool:
