@@ -23,7 +23,6 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("fl_runtime", "fl_adapters", "integrations")
-BASE = {"evaluation", "partition", "statistics"}  # integrations that the base install suffices for
 HELD = {"torch"}  # at one release everywhere: constraints/newest.txt
 MODULES = {"grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml"}  # package -> module, where they differ
 HEAVY = (
@@ -51,11 +50,6 @@ HEAVY = (
 def in_wheel(path: Path) -> str:
     """Return where a source file belongs in the wheel."""
     return path.relative_to(ROOT).as_posix().replace("integrations/", "fl_adapters/", 1)
-
-
-def adapters() -> set[str]:
-    """The integrations with an extra: those that need a package which the base install does not bring."""
-    return {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} - BASE
 
 
 def is_template(path: Path) -> bool:
@@ -139,7 +133,8 @@ def test_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
     version = python("import fl_adapters; print(fl_adapters.__version__)", path=installed, cwd=tmp_path)
     assert (found["Name"], found["Version"], found["License-Expression"]) == ("fl-adapters", version, "Apache-2.0")
     assert found["Requires-Python"] == ">=3.11"
-    assert adapters() <= set(found.get_all("Provides-Extra"))
+    integrations = {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")}
+    assert integrations <= set(found.get_all("Provides-Extra"))
 
 
 def test_the_description_is_the_readme_without_pictures_that_the_package_lacks(wheel: Path) -> None:
@@ -167,7 +162,7 @@ def test_the_extra_all_brings_every_framework_and_all_that_protects_data() -> No
         "dev",
     }  # a twin; servers'; tools of tracking; ours
     assert brought == set(extras) - left_out
-    assert adapters() <= brought
+    assert {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")} <= brought
 
 
 def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
