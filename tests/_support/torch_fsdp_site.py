@@ -1,12 +1,8 @@
-"""A script: one rank of a site that trains small Llamas and Qwens under FSDP2, in a loop of its own, one after another.
-
-Arguments: rank, number of ranks, folder for the results, and as JSON a list of [name, kit, settings].
-"""
+"""One rank of a site that trains small Llamas and Qwens under FSDP2, in a loop of its own, one after another."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +84,22 @@ def train(kit: str | None, ranks: int = 1, rank: int = 0, *, site: int = 0, sett
     return net, loop
 
 
-if __name__ == "__main__":
-    rank, ranks, folder, runs = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+def take_part(rank: int, port: int, folder: Path, runs: list[tuple[str, str, Any]]) -> None:
+    """Train all runs as one of two ranks, in a process for this alone. Each run leaves a file in `folder`.
+
+    Args:
+        rank: The rank.
+        port: Port of the ranks' own rendezvous.
+        folder: Folder for results and output.
+        runs: (name, kit, settings) of each run.
+    """
+    with open(folder / f"output-{rank}.txt", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, kit, settings in runs:
-        net, loop = train(kit, ranks, rank, site=settings["site"], settings=settings)
+        net, loop = train(kit, 2, rank, site=settings["site"], settings=settings)
         full = {name: p.full_tensor().detach() for name, p in net.named_parameters()}
         held = sum(p.to_local().numel() for p in net.parameters())
         torch.save({"weights": full, "held": held, "stats": dict(loop.exchange_stats)}, folder / f"{name}-{rank}.pt")

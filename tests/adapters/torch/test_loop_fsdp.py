@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,11 +16,10 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch_fsdp_site
 import transformers
 from safetensors.numpy import load_file
 from torch import nn
-from torch_fsdp_site import ROWS, model_of, train
+from torch_fsdp_site import ROWS, model_of, take_part, train
 from torch_loops import STATES
 
 from fl_adapters.participant.kit import read_kit
@@ -34,6 +30,8 @@ from fl_adapters.torch.state import TorchState
 from fl_runtime.errors import ConfigError
 
 TIMEOUT_S = 300
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["torch_fsdp_site", "peft"])
 ROUNDS = 3
 RUNS: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any]]] = {
     # name -> (ranks of both sites, the sites' settings, the job)
@@ -56,23 +54,16 @@ class Ended:
     plain_events: list[Any]
 
 
-def start(site: int, runs: list[Any], folder: Path) -> list[subprocess.Popen[str]]:
+def start(site: int, runs: list[Any], folder: Path) -> list[Any]:
     """Start the two ranks of a site. Each leaves a file in `folder` for each run."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return [
-        subprocess.Popen(
-            [sys.executable, torch_fsdp_site.__file__, str(rank), "2", str(folder), json.dumps(runs)],
-            env={**os.environ, **own, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+        port = free.getsockname()[1]
+    ranks = [_forks.Process(target=take_part, args=(rank, port, folder, runs)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def train_in_turn(places: list[tuple[Any, dict[str, Any]]]) -> None:
@@ -114,8 +105,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
         others = [(run.places[1], RUNS[name][1]) for name, run in runs.items() if RUNS[name][0][1] == 1]
         thread = threading.Thread(target=train_in_turn, args=(others,), daemon=True)
         thread.start()
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
+        for process in processes:
+            process.join(TIMEOUT_S)
+        outputs = [path.read_text() for path in top.glob("site-*/output-*.txt")]
+        assert [process.exitcode for process in processes] == [0] * 4, "\n".join(outputs)
         thread.join(TIMEOUT_S)
         yield {
             name: Ended(run.model(), run.events, run.folder, _left(top, name), *plain[name])
