@@ -270,9 +270,8 @@ class FederationService:
         if request.resume_digest == frames.payload_digest(header.payload):
             header.offset = min(request.resume_from, blob.manifest.nbytes)
         yield pb.TaskPart(task=header).SerializeToString()
-        yield from frames.frames(
-            pieces, header.offset, lambda: frames.FRAME_BYTES if turn.held else frames.SHORTEST_FRAME_BYTES
-        )
+        without = frames.frame_bytes(len(self._state.settings.sites))
+        yield from frames.frames(pieces, header.offset, lambda: frames.FRAME_BYTES if turn.held else without)
 
     # -- updates and reports ---------------------------------------------------------------------------------
 
