@@ -1,4 +1,4 @@
-"""What the docs say exists: the messages in the table of docs/operations.md, and the pages and headings of links."""
+"""What the docs say exists: messages of the code, classes of errors, and the pages and headings of links."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from fl_runtime import errors
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+ERRORS = {item.code: item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)}
 
 
 @cache
 def texts_of_the_code() -> str:
-    """All string constants of the runtime and the commands, one a line; parts of f-strings apart."""
-    files = [*(ROOT / "fl_runtime").rglob("*.py"), *(ROOT / "fl_adapters" / "cli").rglob("*.py")]
-    files += (ROOT / "fl_adapters" / "environments" / "progress").glob("*.py")
+    """All string constants of the code, one a line; parts of f-strings apart."""
+    files = [file for part in ("fl_runtime", "fl_adapters", "integrations") for file in (ROOT / part).rglob("*.py")]
     return "\n".join(text for file in files for text in _strings(ast.parse(file.read_text("utf-8"))))
 
 
@@ -40,7 +42,27 @@ def test_the_page_lists_messages() -> None:
     assert len(messages()) > 25
 
 
-@pytest.mark.parametrize("message", messages())
+@cache
+def sections() -> dict[str, str]:
+    """Heading -> text, of docs/troubleshooting.md."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    parts = re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def messages_of_errors() -> list[str]:
+    return [text for code in ERRORS for text in re.findall(r"^\| `(.+?)`", sections().get(code, ""), re.MULTILINE)]
+
+
+def test_every_error_has_a_section_that_names_its_class_and_a_message() -> None:
+    assert set(sections()) - set(ERRORS) == {"Nothing happens"}
+    for code, cls in ERRORS.items():
+        if cls is not errors.FederationError:  # for a class of another version
+            assert f"`{cls.__name__}`:" in sections()[code]
+            assert re.search(r"^\| `", sections()[code], re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", dict.fromkeys([*messages(), *messages_of_errors()]))
 def test_the_code_says_what_the_table_says(message: str) -> None:
     known = texts_of_the_code()
     for part in filter(None, (part.strip() for part in message.split("..."))):
