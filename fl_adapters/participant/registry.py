@@ -186,4 +186,4 @@ def _announce_alone(options: Options, framework: str) -> None:
         )
     if not _announced_alone:
         _announced_alone = True
-        print(f"fl-adapters: no startup kit, so {framework} trains alone on this machine's data", file=sys.stderr)
+        print(f"fl-adapters: no startup kit, so {framework} runs alone, on this machine's data", file=sys.stderr)

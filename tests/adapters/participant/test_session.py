@@ -158,7 +158,7 @@ def test_without_a_kit_one_line_says_so_once() -> None:
         assert "grpc" not in sys.modules
     """)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "fl-adapters: no startup kit, so my framework trains alone on this machine's data\n"
+    assert done.stderr == "fl-adapters: no startup kit, so my framework runs alone, on this machine's data\n"
     assert done.stdout == ""
 
 
