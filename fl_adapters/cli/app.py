@@ -238,19 +238,31 @@ def evaluate(
     epilog="""\b
 Examples:
   fl-adapters new torch tumour
-  fl-adapters new hf sentiment --json""",
+  fl-adapters new hf sentiment --json
+  fl-adapters new --from train.py       shows the lines to add to a script of yours, and asks""",
 )
 def new(
     framework: Annotated[
         str, typer.Argument(metavar="FRAMEWORK", help="hf, lightning, keras, monai, xgboost, torch or sklearn.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files. Made if it does not exist.")],
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder for the files. Made if it does not exist.")
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option("--from", help="A script that trains, which gets the lines. It is not run.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --from: write without asking.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Begin with a script that runs alone and federated: train.py, job.yml, README.md and test_train.py in DIR.
 
-    The script makes up its data, so it runs as it is; put your own data and model in. No file is replaced.
+    The script makes up its data, so it runs as it is; put your own data and model in. No file is replaced. With --from,
+    begin with a script of yours: the lines that make it a participant are shown as a diff, and written if you say so.
     """
+    if script is not None:
+        from fl_adapters.cli.scripts import from_script
+
+        sys.exit(from_script.run(script, yes, as_json))
     from fl_adapters.cli.scripts import new as command
 
     sys.exit(command.run(framework, folder, as_json))

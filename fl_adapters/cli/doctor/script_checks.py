@@ -35,7 +35,7 @@ _TRAINERS = {
 _SPLITS = {"site", "connect", "sums", "partition"}
 _REFUSED = {
     "deepspeed": "DeepSpeed keeps master copies, which new global weights would not reach",
-    "fsdp": "with FSDP the weights of a rank are a part of the model",
+    "fsdp": "FSDP1 keeps no names and shapes of weights; FSDP2 works (docs/llm.md)",
     "auto_find_batch_size": "it trains again in the middle of a round",
     "hyperparameter_search": "it trains many models in one training",
     "StochasticWeightAveraging": "it replaces the global weights by an average of its own",
@@ -56,6 +56,7 @@ class _Script(ast.NodeVisitor):
         trainings: Lines in which a method of a name in `_TRAINS` is called, and whether that is in a loop.
         paths: Line and text of each absolute path.
         refused: Line and name of each feature that adapters refuse.
+        fsdp2: Whether it says which version of FSDP it wants.
     """
 
     modules: set[str] = field(default_factory=set)
@@ -63,6 +64,7 @@ class _Script(ast.NodeVisitor):
     trainings: list[tuple[int, str, bool]] = field(default_factory=list)
     paths: list[tuple[int, str]] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
+    fsdp2: bool = False
     _loops: int = 0
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -105,6 +107,7 @@ class _Script(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
+        self.fsdp2 = self.fsdp2 or node.value == "fsdp_version"
         if isinstance(node.value, str) and "\n" not in node.value and _ABSOLUTE.match(node.value):
             self.paths.append((node.lineno, node.value))
 
@@ -141,6 +144,8 @@ def script_checks(path: Path) -> Iterator[Check]:
         lines = ", ".join(f"line {line} {text!r}" for line, text in script.paths[:3])
         yield Check("paths", "note", lines, "a path of one machine: read fl_adapters.site().data, or take an argument")
     for line, name in dict.fromkeys(script.refused):
+        if name == "fsdp" and script.fsdp2:
+            continue
         yield Check("refused", "problem", f"line {line}: {name}; {_REFUSED[name]}", "leave it out")
 
 

@@ -44,9 +44,12 @@ FRAMEWORKS = {
 """Name of each template: what its README says."""
 
 
-def run(framework: str, folder: Path, as_json: bool) -> int:
+def run(framework: str, folder: Path | None, as_json: bool) -> int:
     """Write a new script. Returns exit status 0."""
     with report_errors(as_json):
+        if folder is None:
+            fix = f"write fl-adapters new FRAMEWORK DIR, with one of: {', '.join(FRAMEWORKS)}; or --from SCRIPT.py"
+            raise ConfigError("a framework and a folder are needed", where="new", fix=fix)
         written = write(framework, folder)
         console = console_for(as_json)
         for file in written:
