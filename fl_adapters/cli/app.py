@@ -21,7 +21,7 @@ from fl_runtime.version import VERSION
 app = typer.Typer(
     name="fl-adapters",
     help="Federated learning with training scripts that already work.",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help keeps the lines of the examples
