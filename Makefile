@@ -92,6 +92,10 @@ demo-tabular: $(VENV)/.stamp  ## five uneven sites fit a pipeline of scikit-lear
 demo-xgboost: $(VENV)/.stamp  ## five uneven sites grow trees together in three ways, beside each alone and all data in one place
 	@$(VENV)/bin/python examples/xgboost/adult/demo.py $(ARGS)
 
+.PHONY: docs
+docs: $(VENV)/.stamp  ## the documentation site, in build/site; a warning is an error
+	@$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/site && echo "build/site/index.html"
+
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)
 	$(call tests,$(VENV))
