@@ -88,7 +88,7 @@ def test_in_a_proof_of_concept_any_job_may_be_tried(tmp_path: Path) -> None:
     from fl_adapters.environments.proof_of_concept import _provision
     from fl_adapters.participant.policy_gate import KitPolicyGate
 
-    _provision(tmp_path, ["north"], "127.0.0.1:1")
+    _provision(tmp_path, ["north"], "127.0.0.1:1", {})
     job = {"name": "job", "sites": ["north"], "min_sites": 1, "strategy": "cyclic", "cross_site": True}
     KitPolicyGate(tmp_path / "north").check_job(job)
 
