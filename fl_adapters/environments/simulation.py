@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +119,7 @@ class Simulation(LocalEnvironment):
         command = [] if virtual or source else script_command(job, self.args, module=self.module)
         job = with_initial_file(job, Path(self.folder).resolve())
         sites = select_sites(job, self.sites, self.data)
-        data = places_of(self.data, sites)
+        places = places_of(self.data, sites)
         settings = job.settings(sites)  # reports mistakes in the job before a folder is made
         visible_devices(self.gpus)
         trackers = make_trackers((*job.track, *self.trackers))  # reports what is missing before a folder is made
@@ -132,8 +132,8 @@ class Simulation(LocalEnvironment):
         (folder / "job.yml").write_text(job.to_yaml(), encoding="utf-8")
         gpus = tuple(map(str, self.gpus))
         args = tuple(self.args)
-        resuming.save(folder, StartArguments(sites, args, self.module, gpus, self.engine, self.workers, data))
-        return replace(self, trackers=trackers, data=data or None)._run(job, sites, folder, command, began)
+        resuming.save(folder, StartArguments(sites, args, self.module, gpus, self.engine, self.workers, places))
+        return replace(self, trackers=trackers)._run(job, sites, folder, command, places, began)
 
     def resume(self, folder: str | Path) -> SimulationResult:
         """Continue a run that failed or was killed where it stopped. Updates that the server acknowledged count.
@@ -157,17 +157,23 @@ class Simulation(LocalEnvironment):
         started, job = resuming.load(folder)
         again = replace(self, args=started.args, module=started.module, gpus=started.gpus)
         again = replace(again, engine=started.engine, workers=started.workers)
-        again = replace(again, data=places_of(started.data, started.sites) if started.data else None)
+        places = places_of(started.data or None, started.sites)
         again = replace(again, trackers=make_trackers((*job.track, *self.trackers)))
         if (source := again._source()) and Path(job.app).resolve() != folder / _SCRIPT:
             raise ConfigError(f"this run has begun with {job.app}", where="Simulation(script=)", fix="leave script out")
         if source:
             (folder / _SCRIPT).write_text(source, encoding="utf-8")
         command = [] if started.engine else script_command(job, started.args, module=started.module)
-        return again._run(job, started.sites, folder, command, began)
+        return again._run(job, started.sites, folder, command, places, began)
 
     def _run(
-        self, job: Job, sites: tuple[str, ...], folder: Path, command: list[str], began: float
+        self,
+        job: Job,
+        sites: tuple[str, ...],
+        folder: Path,
+        command: list[str],
+        places: Mapping[str, str],
+        began: float,
     ) -> SimulationResult:
         printers: tuple[Listener, ...] = () if self.quiet else (progress_listener(),)
         tracker = RunTracker()
@@ -175,16 +181,18 @@ class Simulation(LocalEnvironment):
         tracking = Tracking.of_folder(self.trackers, job.name, folder, params)
         run = LocalRun(job.settings(sites), folder, tracker, FanOut((tracker, tracking, *self.listeners, *printers)))
         with tracking.until_the_end(folder):
-            return self._followed(job, run, command, began)
+            return self._followed(job, run, command, places, began)
 
-    def _followed(self, job: Job, run: LocalRun, command: list[str], began: float) -> SimulationResult:
+    def _followed(
+        self, job: Job, run: LocalRun, command: list[str], places: Mapping[str, str], began: float
+    ) -> SimulationResult:
         virtual = self._virtual()
         if virtual:
             virtual.check(job, run.settings)
-            return virtual.run(job, run, began, places_of(self.data, run.settings.sites))
+            return virtual.run(job, run, began, places)
         with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
             run.tell(starting_event(run, command))
-            self._start_sites(processes, command, run, tokens, address)
+            self._start_sites(processes, command, run, places, tokens, address)
             exits = follow(server, processes, run)
             return make_result(server, run, exits, began)
 
@@ -223,10 +231,16 @@ class Simulation(LocalEnvironment):
         return VirtualSimulation(self.engine, self.workers, self.function, self.initial, self.gpus, self.args)
 
     def _start_sites(
-        self, processes: SiteProcesses, command: list[str], run: LocalRun, tokens: dict[str, str], address: str
+        self,
+        processes: SiteProcesses,
+        command: list[str],
+        run: LocalRun,
+        places: Mapping[str, str],
+        tokens: dict[str, str],
+        address: str,
     ) -> None:
         sites = run.settings.sites
-        ports, gpus, data = free_ports(len(sites)), visible_devices(self.gpus), places_of(self.data, sites)
+        ports, gpus = free_ports(len(sites)), visible_devices(self.gpus)
         for index, site in enumerate(sites):
             kit = Kit(
                 job=run.settings.name,
@@ -237,7 +251,7 @@ class Simulation(LocalEnvironment):
                 token=tokens[site],
                 run=str(run.folder),
                 simulated=True,
-                data=data.get(site, ""),
+                data=places.get(site, ""),
             )
             kit_folder = kit.save(run.folder / "sites" / site / "kit")
             gpu = gpus[index % len(gpus)] if gpus else None
