@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fl_runtime.errors import ProtocolError
-from fl_runtime.filters.server import applied_filters
-from fl_runtime.secure_sum.travelling import ANSWER, MaskedMark, as_message
+from fl_runtime.secure_sum.travelling import ANSWER, as_message
 from fl_runtime.secure_sum.vectors import NUMBERS
 from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
@@ -16,7 +15,7 @@ from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.courses.secure_sum.masked_sum import MaskedSum
-from fl_runtime.server.courses.secure_sum.steps import PREFIX
+from fl_runtime.server.courses.secure_sum.steps import PREFIX, mark_of
 from fl_runtime.server.courses.synchronous import Synchronous
 from fl_runtime.server.membership import Membership
 from fl_runtime.server.registration import Member, agreed_layout
@@ -108,11 +107,6 @@ class SecureSum:
         self._sum = MaskedSum(self._state, self._membership, self._scoring, current, self._told, ahead)
         self._state.published.notify_all()
         return self._sum
-
-
-def mark_of(encoding: str) -> MaskedMark | None:
-    """Return the mark of a masked update; None if it is not masked. Raises ProtocolError if it cannot be read."""
-    return MaskedMark.of(applied_filters(encoding))
 
 
 class MaskedChecks:

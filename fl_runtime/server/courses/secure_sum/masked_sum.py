@@ -59,7 +59,7 @@ class MaskedSum:
         self._state, self._membership, self._scoring, self._told = state, membership, scoring, told
         self._rings = Rings.for_sites(len(state.settings.sites))
         self._closing = Summing(state, membership.quorum, current)
-        self._added: dict[str, Accepted] = {}
+        self._added = set[str]()
         self._totals: dict[str, Array] = {}  # of all names that any vector has
 
     def next_in_order(self) -> Accepted | None:
@@ -72,7 +72,7 @@ class MaskedSum:
 
     def add(self, accepted: Accepted) -> None:
         """Add a masked update to the totals."""
-        self._added[accepted.update.site] = accepted
+        self._added.add(accepted.update.site)
         for name, vector in accepted.update.arrays.items():
             if name in self._totals:
                 self._rings.of(name).add_into(self._totals[name], vector)
@@ -93,7 +93,7 @@ class MaskedSum:
             RoundFailedError: Too few sites are left to remove the masks, or the totals make no sense.
         """
         order = [name for name in self._state.settings.sites if name in self.current.accepted]
-        assert set(order) == set(self._added)
+        assert set(order) == self._added
         with self._state.lock:
             self.steps.ask_survivors(order)
             if self.steps.step == "agree":

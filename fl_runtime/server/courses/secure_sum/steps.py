@@ -30,6 +30,11 @@ PREFIX = "sum-"
 """Start of the stages of steps. The stage of a site's vector is that of its round."""
 
 
+def mark_of(encoding: str) -> MaskedMark | None:
+    """Return the mark of a masked update; None if it is not masked. Raises ProtocolError if it cannot be read."""
+    return MaskedMark.of(applied_filters(encoding))
+
+
 class Steps:
     """One try at the masked sum of a round. Used under the run's lock.
 
@@ -180,7 +185,7 @@ class Steps:
         accepted = self._current.accepted
         if self.step != "reveal" or set(accepted) != set(self._processes):
             return None
-        marks = {name: MaskedMark.of(applied_filters(item.update.encoding)) for name, item in accepted.items()}
+        marks = {name: mark_of(item.update.encoding) for name, item in accepted.items()}
         shares = {name: mark.shares for name, mark in marks.items() if mark is not None and mark.shares}
         if len(shares) < len(accepted):
             return None
@@ -321,7 +326,7 @@ class Steps:
 
     def _restore_signatures(self) -> None:
         for site, accepted in self._current.accepted.items():
-            mark = MaskedMark.of(applied_filters(accepted.update.encoding))
+            mark = mark_of(accepted.update.encoding)
             if mark is not None and site in self.sums.cohort:
                 self._take_signature(site, mark)
 
