@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 MAX_JSON_DEPTH = 32
@@ -66,6 +67,11 @@ def parse_json(data: str | bytes, *, limit_chars: int = 2**24, depth: int = MAX_
     if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
     return value
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names by the numbers in them: `site-2` before `site-10`."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _depth(value: object, limit: int) -> int:

@@ -101,11 +101,12 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _make_job(options: SimulateOptions) -> Job:
+    from fl_adapters.environments.starting.site_data import parse_sites
     from fl_adapters.job import Job
 
     given = dict(options.settings)
     if "sites" in given:
-        given["sites"] = _sites(given["sites"])
+        given["sites"] = parse_sites(given["sites"])
     if str(given.get("every", "")).isdigit():
         given["every"] = int(given["every"])
     if options.app:
@@ -115,11 +116,6 @@ def _make_job(options: SimulateOptions) -> Job:
     if "app" not in given:
         raise ConfigError("there is nothing to run", where="SCRIPT", fix="name the training script, or give --job FILE")
     return Job(**given)
-
-
-def _sites(text: str) -> int | tuple[str, ...]:
-    """Parse a number of sites, or names such as "north,south"."""
-    return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
 
 
 def _simulate(options: SimulateOptions, job: Job, listener: Listener) -> SimulationResult:

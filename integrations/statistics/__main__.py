@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_adapters import Job, Simulation, site
-from fl_adapters.environments.starting.site_data import parse_data
+from fl_adapters.environments.starting.site_data import parse_data, parse_sites
 from fl_adapters.participant.kit import KIT_VARIABLE, current_kit
 from fl_adapters.participant.outputs import own_folder
 from fl_runtime.errors import ConfigError, FederationError
@@ -131,7 +131,7 @@ def _simulated(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]
     own += [f"--bins={args.bins if isinstance(args.bins, int) else _joined(args.bins)}"]
     own += [f"--quantiles={_joined(args.quantiles)}", f"--smallest-count={args.smallest_count}"]
     own += [] if args.correlations else ["--no-correlations"]
-    data, sites = parse_data(args.data), _sites(args.sites) if args.sites else None
+    data, sites = parse_data(args.data), parse_sites(args.sites) if args.sites else None
     if not args.source and data is None:
         raise ConfigError("there is nothing to describe", where="stats", fix="name a function such as load.py:table")
     simulation = Simulation(sites=sites, data=data, args=own, module=True, folder=args.folder, quiet=True)
@@ -158,10 +158,6 @@ def _text_of(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", where="stats", fix="check the path") from None
-
-
-def _sites(text: str) -> int | tuple[str, ...]:
-    return int(text) if text.isdigit() else tuple(name.strip() for name in text.split(","))
 
 
 def _list(text: str) -> tuple[str, ...]:

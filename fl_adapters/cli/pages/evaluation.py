@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_adapters.cli.live import print_path, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
+from fl_adapters.environments.starting.site_data import parse_sites
 from fl_adapters.job import Job
 
 _PACKAGE = "fl_adapters.evaluation"
@@ -18,7 +19,7 @@ _PACKAGE = "fl_adapters.evaluation"
 def job_fields(sites: str, name: str | None) -> dict[str, Any]:
     """Return the fields of a job for the options `--sites` and `--name`."""
     named = {} if name is None else {"name": name}
-    return {"sites": int(sites) if sites.isdigit() else tuple(part.strip() for part in sites.split(",")), **named}
+    return {"sites": parse_sites(sites), **named}
 
 
 def evaluate(job: Mapping[str, Any], script: Sequence[str], folder: Path, as_json: bool) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from fl_adapters.environments.progress import ordered_metrics
 from fl_adapters.environments.report.privacy import SERVER, PrivacyCosts
 from fl_adapters.job import site_names
 from fl_runtime.errors import ConfigError
-from fl_runtime.text import parse_json, printable
+from fl_runtime.text import by_number, parse_json, printable
 from fl_runtime.trainings import EVENTS, number_of, training_folder, training_name
 from fl_runtime.yaml_files import read_yaml
 
@@ -169,7 +168,7 @@ class RunRecord:
     @property
     def sites(self) -> list[str]:
         """Names of all sites that took part, in order: site-2 comes before site-10."""
-        return sorted({name for record in self.rounds.values() for name in record.sites}, key=_numbered)
+        return sorted({name for record in self.rounds.values() for name in record.sites}, key=by_number)
 
     @property
     def metrics(self) -> list[str]:
@@ -334,10 +333,6 @@ def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
             run.best.missing = printable(str(data.get("no_best") or ""), 2000)
         case "failed":
             run.ended, run.failed = True, printable(str(data["error"]["what"]), 2000)
-
-
-def _numbered(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _best(data: Mapping[str, Any]) -> int | None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from fl_adapters.job import check_names
 from fl_adapters.participant.identity import is_address, place_of_data
 from fl_runtime.errors import ConfigError, did_you_mean
+from fl_runtime.text import by_number
 
 DataOfSites: TypeAlias = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """A pattern such as "parts/{site}.csv", or name of each site -> path or address of its data."""
@@ -44,6 +45,11 @@ def parse_data(words: Sequence[str]) -> DataOfSites | None:
             raise ConfigError(f"--data names the site {name!r} twice", where="--data", fix=fix)
         found[name] = path
     return found or None
+
+
+def parse_sites(text: str) -> int | tuple[str, ...]:
+    """Read the value of the option `--sites`: a number of sites, or names such as "north,south"."""
+    return int(text) if text.lstrip("-").isdigit() else tuple(name.strip() for name in text.split(","))
 
 
 def names_of(data: DataOfSites | None) -> tuple[str, ...] | None:
@@ -113,11 +119,7 @@ def _matches(pattern: str) -> tuple[str, ...]:
     shape = re.compile(re.escape(first) + name + "(?P=site)".join(map(re.escape, rest)))
     paths = glob.iglob("*".join(map(glob.escape, (first, *rest))))
     names = {found["site"] for path in paths if (found := shape.fullmatch(path))}
-    return tuple(sorted(names, key=_by_number))
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return tuple(sorted(names, key=by_number))
 
 
 def _check_any(data: Mapping[str, object]) -> None:
