@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from fl_runtime.errors import QuorumError
 Array = npt.NDArray[np.float64]
 
 _TEXTS_A_CALL = 50_000
+
+Site = TypeVar("Site", bound=Hashable)
 
 
 class SitePlace(Protocol):
@@ -105,6 +107,32 @@ class SameSites:
                 where="fl_adapters.sums",
                 fix="start the run again with all sites, and let the job wait for them (min_sites, deadline_s)",
             )
+
+
+def of_same_sites(federation: Any) -> Federation:
+    """Return a federation whose sums and unions are all of the same sites.
+
+    Args:
+        federation: What `fl_adapters.sums` gives, or a federation that is one already.
+    """
+    found: Federation = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
+    return found
+
+
+def left_out(min_cohorts: Mapping[Site, int]) -> dict[Site, str]:
+    """Return which sites stay out because fewer sites take part than their policies ask for, until that holds for none.
+
+    Args:
+        min_cohorts: Each site that would take part -> least number of sites that its policy asks for.
+
+    Returns:
+        Site -> why, as the end of a sentence.
+    """
+    left, out = dict(min_cohorts), dict[Site, str]()
+    while few := [site for site, needed in left.items() if needed > len(left)]:
+        for site in few:
+            out[site] = f"its policy asks for at least {left.pop(site)} sites"
+    return out
 
 
 def large_union(federation: Federation, texts: Sequence[str]) -> list[str]:

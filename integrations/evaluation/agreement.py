@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fl_adapters.loop.federation import Federation, large_union
+from fl_adapters.loop.federation import Federation, large_union, left_out
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError
 from fl_runtime.text import parse_json
 
@@ -272,13 +272,5 @@ def _card(entry: list[str]) -> SiteCard:
 
 def _large_enough(cards: list[SiteCard]) -> list[SiteCard]:
     """Leave out sites that ask for more sites than take part, as long as there are any."""
-    while True:
-        count = sum(not card.reason for card in cards)
-        out = [not card.reason and card.min_cohort > count for card in cards]
-        if not any(out):
-            return cards
-        reasons = [
-            f"its policy asks for at least {card.min_cohort} sites" if o else card.reason
-            for card, o in zip(cards, out, strict=True)
-        ]
-        cards = [replace(card, reason=reason) for card, reason in zip(cards, reasons, strict=True)]
+    out = left_out({card.index: card.min_cohort for card in cards if not card.reason})
+    return [replace(card, reason=card.reason or out.get(card.index, "")) for card in cards]

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fl_adapters
-from fl_adapters.extras import needs_trust_extra
-from fl_adapters.loop.federation import Federation, SameSites
+from fl_adapters.loop.federation import Federation, of_same_sites
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.outputs import own_folder
+from fl_adapters.participant.policy_gate.own_policy import own_policy
 from fl_runtime.errors import ConfigError
 
 from .agreement import SiteRules, absences, agree
@@ -102,10 +102,9 @@ def evaluate(
     rows = read_rows(truth, predictions, groups, question)
     rules = _rules(kit, SiteRules(smallest_cell, per_site))
     if federation is not None:
-        shared = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
-        return _over(shared, rows, rules, question)
+        return _over(of_same_sites(federation), rows, rules, question)
     with fl_adapters.sums(kit=kit, required=required) as block:
-        found = _over(SameSites(block), rows, rules, question)
+        found = _over(of_same_sites(block), rows, rules, question)
         _leave(found, kit, block.site)
     return found
 
@@ -140,13 +139,9 @@ def _over(federation: Federation, rows: Rows, rules: SiteRules, question: Questi
 
 def _rules(folder: str | None, asked: SiteRules) -> SiteRules:
     """What the site's policy leaves of the rules that its script asks for."""
-    kit = current_kit(folder)
-    if kit is None or not kit.credentials:
+    policy = own_policy(current_kit(folder))
+    if policy is None:
         return asked
-    with needs_trust_extra():
-        from fl_runtime.trust.kits import read_kit
-        from fl_runtime.trust.policy import read_policy
-    policy = read_policy(read_kit(Path(kit.credentials), kind="site").policy_file)
     return SiteRules(
         max(asked.smallest_cell, policy.evaluation.smallest_cell),
         asked.per_site and policy.site_metrics,

@@ -16,7 +16,7 @@ from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
 from fl_runtime.errors import ConfigError
 
-from .federation import Federation, SameSites, compare, current, description
+from .federation import Federation, compare, current, description, of_same_sites
 from .trainer import validate_params
 
 
@@ -121,7 +121,7 @@ def opened(estimator: Any, X: Any = None) -> Iterator[Federation | None]:
         yield shared
         return
     with fl_adapters.sums(agree=description(estimator, features)) as federation:
-        yield SameSites(federation)
+        yield of_same_sites(federation)
 
 
 def _features(X: Any) -> list[str] | int | None:

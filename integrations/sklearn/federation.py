@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fl_adapters.loop.federation import Array, Federation, SameSites, large_union
+from fl_adapters.loop.federation import Array, Federation, large_union, of_same_sites
 from fl_runtime.errors import HandshakeError
 
-__all__ = ["Array", "Federation", "SameSites", "compare", "current", "description", "large_union", "over"]
+__all__ = ["Array", "Federation", "compare", "current", "description", "large_union", "of_same_sites", "over"]
 
 _LONGEST_TEXT = 200
 _IGNORED = ("copy", "copy_X", "copy_x", "n_jobs", "verbose", "random_state")
@@ -39,8 +39,7 @@ def over(federation: Federation) -> Iterator[None]:
             pipeline.fit(X, y)
         ```
     """
-    steady = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
-    token = _SHARED.set(steady)
+    token = _SHARED.set(of_same_sites(federation))
     try:
         yield
     finally:

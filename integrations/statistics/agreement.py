@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fl_adapters.loop.federation import Federation, large_union
+from fl_adapters.loop.federation import Federation, large_union, left_out
 from fl_runtime.errors import ConfigError, HandshakeError, ProtocolError, did_you_mean
 from fl_runtime.text import parse_json
 from fl_runtime.types import StatisticsRules
@@ -254,9 +254,6 @@ def _plan(told: _Told, members: _Members, categories: Mapping[str, Sequence[str]
 
 def _enough(cards: Iterable[_SiteCard]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the sites that are enough for each of them, and why others stay out."""
-    left, out = {card.site: card for card in sorted(cards, key=lambda card: card.site)}, dict[str, str]()
-    while few := [card for card in left.values() if card.min_cohort > len(left)]:
-        for card in few:
-            del left[card.site]
-            out[card.site] = f"its policy asks for at least {card.min_cohort} sites"
-    return tuple(left), out
+    asked = {card.site: card.min_cohort for card in sorted(cards, key=lambda card: card.site)}
+    out = left_out(asked)
+    return tuple(site for site in asked if site not in out), out

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import fl_adapters
-from fl_adapters.loop.federation import Federation, SameSites
+from fl_adapters.loop.federation import Federation, of_same_sites
 from fl_adapters.participant.kit import current_kit
-from fl_adapters.participant.policy_gate.statistics import statistics_rules
+from fl_adapters.participant.policy_gate.own_policy import statistics_rules
 from fl_runtime.types import StatisticsRules
 
 from .agreement import agree
@@ -79,10 +79,9 @@ def describe(
     rules = replace(rules, smallest_count=max(rules.smallest_count, smallest_count))
     table = read_table(data, question.features, question.categorical)
     if federation is not None:
-        steady = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
-        return over(steady, table, rules, question)
+        return over(of_same_sites(federation), table, rules, question)
     with fl_adapters.sums(kit=kit, required=required) as block:
-        return over(SameSites(block), table, rules, question)
+        return over(of_same_sites(block), table, rules, question)
 
 
 def over(federation: Federation, table: Table, rules: StatisticsRules, question: Question) -> Statistics:

@@ -11,10 +11,10 @@ import numpy as np
 
 import fl_adapters
 from fl_adapters.extras import needs_extra
-from fl_adapters.loop.federation import Federation, SameSites
+from fl_adapters.loop.federation import Federation, of_same_sites
 from fl_adapters.loop.order import Array
 from fl_adapters.participant.kit import current_kit
-from fl_adapters.participant.policy_gate.statistics import statistics_rules
+from fl_adapters.participant.policy_gate.own_policy import statistics_rules
 from fl_runtime.errors import ConfigError, HandshakeError
 from fl_runtime.types import StatisticsRules
 
@@ -86,10 +86,9 @@ def describe_images(
     pixels = _Pixels(np.array(edges))
     table = _table(images, pixels)
     if federation is not None:
-        steady = SameSites(federation) if hasattr(federation, "sites_in_last_sum") else federation
-        return _described(steady, table, pixels, rules, question)
+        return _described(of_same_sites(federation), table, pixels, rules, question)
     with fl_adapters.sums(kit=kit, required=required) as block:
-        return _described(SameSites(block), table, pixels, rules, question)
+        return _described(of_same_sites(block), table, pixels, rules, question)
 
 
 @dataclass
