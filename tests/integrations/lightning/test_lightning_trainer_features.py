@@ -118,15 +118,18 @@ def test_average_of_factored_moments_is_refused_before_the_first_step(federation
 
 def test_parameters_keep_their_identity(federation) -> None:
     run = federation(sites=2, rounds=2)
-    seen: list[Any] = []
+    made: dict[int, dict[str, Any]] = {}  # by the id of the module
+
+    def parameters(module: Any) -> dict[str, Any]:
+        return {name: (id(t), t.device) for name, t in module.state_dict(keep_vars=True).items()}
 
     def make() -> Any:
         module = m.module()
-        seen.append({name: (id(t), t.device) for name, t in module.state_dict(keep_vars=True).items()})
+        made[id(module)] = parameters(module)
         return module
 
-    for module, before in zip(halves(run, make), seen, strict=True):
-        assert {name: (id(t), t.device) for name, t in module.state_dict(keep_vars=True).items()} == before
+    for module in halves(run, make):
+        assert parameters(module) == made[id(module)]
 
 
 # --- its log and its folders -------------------------------------------------------------------------------------

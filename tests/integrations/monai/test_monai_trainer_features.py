@@ -139,15 +139,18 @@ def test_precision(federation, dtype) -> None:
 
 def test_parameters_keep_their_identity(federation) -> None:
     run = federation(sites=2, rounds=2)
-    seen: list[Any] = []
+    made: dict[int, dict[str, Any]] = {}  # by the id of the network
+
+    def parameters(net: Any) -> dict[str, Any]:
+        return {name: (id(t), t.device) for name, t in net.state_dict(keep_vars=True).items()}
 
     def make() -> Any:
         net = m.network()
-        seen.append({name: (id(t), t.device) for name, t in net.state_dict(keep_vars=True).items()})
+        made[id(net)] = parameters(net)
         return net
 
-    for net, before in zip(halves(run, make), seen, strict=True):
-        assert {name: (id(t), t.device) for name, t in net.state_dict(keep_vars=True).items()} == before
+    for net in halves(run, make):
+        assert parameters(net) == made[id(net)]
 
 
 def test_keep_local_and_frozen_parts_stay(federation) -> None:
