@@ -178,7 +178,7 @@ def test_oldest_constraints_are_the_floors(wheel: Path) -> None:
 
 
 def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
-    """No dependency is missing or unused, and the README says why each is there."""
+    """No dependency is missing or unused, and docs/install.md says why each is there."""
     imported = set[str]()
     for path in [*(ROOT / "fl_runtime").rglob("*.py"), *(ROOT / "fl_adapters").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -209,7 +209,7 @@ def test_base_dependencies_are_those_that_are_imported(wheel: Path) -> None:
     requirements = map(Requirement, metadata(wheel).get_all("Requires-Dist"))
     base = {requirement.name for requirement in requirements if requirement.marker is None}
     assert {MODULES.get(name.lower(), name) for name in base} == imported
-    rows = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("|")]
+    rows = [line for line in (ROOT / "docs" / "install.md").read_text("utf-8").splitlines() if line.startswith("|")]
     assert [name for name in base if not any(name in row for row in rows)] == []
 
 
