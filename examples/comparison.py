@@ -120,7 +120,7 @@ def _simulate(script: Path, sites: int, rounds: int, arguments: Sequence[str]) -
     """Run the federation with its live table on stderr. Returns the object that `--json` prints."""
     size = ["--sites", str(sites), "--rounds", str(rounds)]
     own = ["--epochs", str(rounds)]  # Keras cannot lengthen a fit; other frameworks ignore this
-    command = [sys.executable, "-m", "fl_adapters", "simulate", str(script), *size, "--json", *own, *arguments]
+    command = [sys.executable, "-m", "fl_adapters", "simulate", str(script), *size, "--json", "--", *own, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.returncode)

@@ -20,7 +20,7 @@ _MOST_POINTS_IN_ALL = 4000  # of a chart
 _MOST_DOTS = 400  # in a chart; each has a text that shows under the pointer
 _LABEL_CHARS = 80
 _MOST_MARKERS = 40  # of a line; beyond, its dots are there for the pointer alone
-_TICKS = 5
+_TICKS = 5  # about so many parts of an axis; 3 to 8
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def line_chart(title: str, lines: Sequence[Line], mark: float | None = None) -> 
         [_polyline(plot, line, most) for line in drawn],
         [dot for line in drawn if dots and "faint" not in line.style for dot in _dots(plot, line)],
     )
-    return _chart(title, svg, [(line.label, line.style) for line in drawn if line.label])
+    legend = [(line.label, line.style) for line in drawn if line.label]
+    return _chart(title, svg, legend if marked is None else [*legend, (f"best round: {mark:g}", "mark")])
 
 
 def stacked_bars(title: str, parts: Sequence[tuple[str, Sequence[float]]], rounds: Sequence[int], unit: str) -> Element:
@@ -154,7 +155,7 @@ def ticks(low: float, high: float, *, whole: bool = False) -> Iterator[float]:
         return
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     for number in range(first, math.floor(high / step + 1e-9) + 1):

@@ -335,7 +335,7 @@ def _use(run: RunRecord) -> list[Element]:
     for name, what in (("best", "The model of the best round"), ("model", "The final model")):
         if code := loading_line(run.folder / name, Path(name)):
             lines += [tag("p", what), tag("pre", code)]
-    return lines
+    return [_soft("In the folder of the run:"), *lines] if lines else []
 
 
 def _settings(run: RunRecord) -> list[Element]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fl_adapters.environments.report import heatmap, write_comparison, write_report
+from fl_adapters.environments.report.charts import ticks
 from fl_adapters.environments.report.comparison import different_settings
 from fl_adapters.environments.report.loading import loading_line
 from fl_adapters.environments.report.notebook import NotebookView
@@ -105,6 +106,7 @@ def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
         *("Finished.", "2 of 9", "transformers", "all sites, round 2: 0.625", "north, round 1: 0.5"),
         *("south, round 2: 1.625", "33.3%", "66.7%", "2 of 2", "GaussianDP", "noise_multiplier=1.5", "1.25"),
         *("both sites have the same data", "PeftModel.from_pretrained(base, 'best')", "app: train.py"),
+        *("In the folder of the run:", "best round: 1"),
         "fl-adapters simulate train.py --job runs/study/job.yml --name study-again --sites north,south -- --lr 0.1",
     ):
         assert page.has(text), text
@@ -112,6 +114,16 @@ def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
     for text in ("training and exchange: 2.5 s", "waiting for other sites: 0.5 s", "aggregation: 1 s"):
         assert page.has(f"round 1, {text}"), text
     assert page.has("round 1, to the server: 0.002 MB") and page.has("round 1, to the sites: 0.001 MB")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.23, 1.33), (0, 1), (1, 100), (0, 2.7e-5), (-3e6, 5e6), (0.6, 0.86), (1, 3)]
+)
+def test_an_axis_has_three_to_eight_round_numbers(low: float, high: float) -> None:
+    found = list(ticks(low, high))
+    assert 3 <= len(found) <= 8 and low - 1e-9 <= min(found) and max(found) <= high + 1e-9
+    steps = {f"{step:.6e}".partition("e")[0] for step in np.diff(found)}
+    assert len(steps) == 1 and steps < {"1.000000", "2.000000", "5.000000"}
 
 
 def test_time_goes_into_training_exchange_and_waiting_where_sites_tell(tmp_path: Path) -> None:
