@@ -95,12 +95,26 @@ def train_three_ways(
 
 def keeps_its_promise(scores: Mapping[str, float]) -> bool:
     """Whether the federation scores within 0.02 of central and above every site alone. Higher scores are better."""
-    sites = [score for name, score in scores.items() if name.endswith("alone")]
-    return scores["federated"] >= scores["central"] - 0.02 and scores["federated"] > max(sites)
+    return not shortfall(scores)
+
+
+def shortfall(scores: Mapping[str, float]) -> str:
+    """What the federation's score falls short of, as a message; "" if it keeps its promise."""
+    federated, central = scores["federated"], scores["central"]
+    best = max((name for name in scores if name.endswith("alone")), key=lambda name: scores[name])
+    if federated <= scores[best]:
+        return f"the federation scores {federated:.3f}, not above {best} ({scores[best]:.3f}): give it more --rounds"
+    if federated < central - 0.02:
+        return (
+            f"the federation scores {federated:.3f}, more than 0.02 below central ({central:.3f}): "
+            "give it more --rounds"
+        )
+    return ""
 
 
 def show(scores: Sequence[Score], title: str, metric: str, console: Console) -> None:
     """Print the scores and where the results are. Ends the program with status 1 if the federation scores too low."""
+    run = next(score.folder for score in scores if score.name == "federated").parent
     table = Table(title=title, title_justify="left")
     table.add_column("training")
     table.add_column("rows", justify="right")
@@ -108,12 +122,13 @@ def show(scores: Sequence[Score], title: str, metric: str, console: Console) -> 
     table.add_column("saved in")
     for score in scores:
         style = "bold green" if score.name == "federated" else None
-        table.add_row(score.name, f"{score.rows:,}", f"{score.score:.3f}", os.path.relpath(score.folder), style=style)
+        saved = os.path.relpath(score.folder, run)
+        table.add_row(score.name, f"{score.rows:,}", f"{score.score:.3f}", f"{saved}/", style=style)
     console.print(table)
-    run = next(score.folder for score in scores if score.name == "federated").parent
-    console.print(f"Results in {os.path.relpath(run)}: model/, best/, history.csv, a log per site.", soft_wrap=True)
-    if not keeps_its_promise({score.name: score.score for score in scores}):
-        sys.exit("the federation scores more than 0.02 below central, or not above every site alone")
+    console.print(f"Results in {os.path.relpath(run)}, with these folders,", soft_wrap=True)
+    console.print("report.html, history.csv, model/ and best/, and each site's output in sites/.")
+    if short := shortfall({score.name: score.score for score in scores}):
+        sys.exit(short)
 
 
 def _simulate(script: Path, sites: int, rounds: int, arguments: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 
 from fl_adapters.environments.progress import counted, ordered_metrics, size_text
 from fl_adapters.environments.report.charts import Line, line_chart, series_class, value_text
-from fl_adapters.environments.report.document import Content, document, table, tag
+from fl_adapters.environments.report.document import Content, document, filled, table, tag
 from fl_adapters.environments.report.record import RunRecord, listed
 from fl_runtime.trainings import HISTORY
 from fl_runtime.transport.waiting import duration_text
@@ -153,7 +153,7 @@ def comparison_sections(items: Sequence[Summary]) -> Iterator[Element]:
 
 
 def results_table(items: Sequence[Summary], groups: Sequence[Sequence[Summary]], label: str) -> Element:
-    """Make the table of runs: their metrics, rounds, time and bytes.
+    """Make the table of runs: their frameworks if these differ, metrics, rounds, time and bytes.
 
     Args:
         items: The runs.
@@ -163,21 +163,26 @@ def results_table(items: Sequence[Summary], groups: Sequence[Sequence[Summary]],
     Returns:
         The table.
     """
-    metrics = [name for name in metrics_of(items) if any(name in item.best for item in items)][:_METRICS_LISTED]
+    found = [name for name in metrics_of(items) if any(name in item.best for item in items)]
+    metrics = [name for name in found if not name.endswith("_bytes")][:_METRICS_LISTED]
+    frameworks = [", ".join(sorted(set(item.run.frameworks.values()))) for item in items]
+    if len(set(frameworks)) == 1:
+        frameworks = [""] * len(items)
     rows = []
-    for item in items:
+    for item, framework in zip(items, frameworks, strict=True):
         run = item.run
         done = sum(record.finished for number, record in run.rounds.items() if number)
         sizes = sum(record.bytes_up + record.bytes_down for record in run.rounds.values())
         values = [value_text(item.best[name]) if name in item.best else "" for name in metrics]
         best = "" if run.best.round is None else str(run.best.round)
         rest = (best, str(done), str(len(run.sites)), duration_text(run.last - run.began), size_text(sizes))
-        rows.append([item.name, *values, *rest])
+        rows.append([item.name, framework, *values, *rest])
     for group in groups:
-        if len(group) > 1:
-            spread = [_spread([item.best[name] for item in group if name in item.best]) for name in metrics]
-            rows.append([f"{group[0].name}: mean of {counted(len(group), label)}", *spread, *[""] * 5])
-    return table(["run", *metrics, "best round", "rounds", "sites", "time", "bytes"], rows)
+        spread = [_spread([item.best[name] for item in group if name in item.best]) for name in metrics]
+        if any(spread):
+            rows.append([f"{group[0].name}: mean of {counted(len(group), label)}", "", *spread, *[""] * 5])
+    columns = ["run", "framework", *metrics, "best round", "rounds", "sites", "time", "bytes"]
+    return table(*filled(columns, rows))
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -56,6 +56,20 @@ def table(
     return tag("div", tag("table", head, body), class_="scroll wrap" if wrap else "scroll")
 
 
+def filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of a table without those that are empty in all rows.
+
+    Args:
+        columns: Headings of the columns.
+        rows: A text for each column; "" for an empty cell.
+
+    Returns:
+        The headings and the rows that are left.
+    """
+    used = [at for at in range(len(columns)) if any(row[at] for row in rows)]
+    return [columns[at] for at in used], [[row[at] for at in used] for row in rows]
+
+
 def document(title: str, *content: Content | Iterable[Content]) -> str:
     """Make a whole document. It needs no network, has no scripts, and is dark where the reader's system is.
 

@@ -16,13 +16,13 @@ import yaml
 from fl_adapters.environments.progress import counted, size_text
 from fl_adapters.environments.report.charts import Line, line_chart, series_class, stacked_bars, value_text
 from fl_adapters.environments.report.comparison import curves_chart, metrics_of, results_table, summaries
-from fl_adapters.environments.report.document import SERIES, Content, document, table, tag
+from fl_adapters.environments.report.document import SERIES, Content, document, filled, table, tag
 from fl_adapters.environments.report.loading import loading_line
 from fl_adapters.environments.report.phases import Phases, mean_phases, phases_by_site
 from fl_adapters.environments.report.privacy import privacy_parts
 from fl_adapters.environments.report.record import FilterUse, RunRecord, listed
 from fl_adapters.participant.local_work.dp_sgd import EPSILON_METRIC
-from fl_runtime.trainings import EVENTS, HISTORY, job_of
+from fl_runtime.trainings import EVENTS, HISTORY, job_of, training_folder
 from fl_runtime.transport.waiting import duration_text
 
 _CHARTS_SHOWN = 4
@@ -61,9 +61,12 @@ def _trainings(runs: Sequence[RunRecord]) -> Element | None:
     if len(runs) < 2:
         return None
     items = summaries(runs[:_TRAININGS_LISTED])
-    metrics = [name for name in metrics_of(items) if any(run.curve(name) for run in runs)][:2]
+    metrics = [name for name in metrics_of(items) if sum(bool(run.curve(name)) for run in runs) > 1][:2]
     charts = [curves_chart([[item] for item in items], name, "training") for name in metrics]
-    text = f"The script trains {len(runs)} times. What follows below is about the first; each has its own report."
+    text = (
+        f"The script trains {len(runs)} times. What follows below is about the first; "
+        f"each has its own report, such as {training_folder(Path(), 2) / 'report.html'}."
+    )
     title = tag("h2", "All trainings of the script")
     return tag(
         "section",
@@ -114,7 +117,7 @@ def run_summary(run: RunRecord, *, open_state: str = "not finished") -> list[Ele
     done = [record for number, record in run.rounds.items() if number and record.finished]
     up, down = (sum(size) for size in zip(*((r.bytes_up, r.bytes_down) for r in done), strict=True)) if done else (0, 0)
     tiles = [
-        ("sums" if run.planned == 0 else "rounds", f"{len(done)} of {run.planned}" if run.planned else str(len(done))),
+        ("sums" if run.is_sums else "rounds", f"{len(done)} of {run.planned}" if run.planned else str(len(done))),
         ("sites", str(len(run.sites))),
         *_best_tiles(run),
         ("time", duration_text(run.last - run.began)),
@@ -222,6 +225,8 @@ def _sites(run: RunRecord) -> list[Element]:
     parts = {name: [record.sites[name] for record in rounds if name in record.sites] for name in run.sites}
     examples = {name: fmean([p.num_examples for p in own if p.status] or [0]) for name, own in parts.items()}
     total = sum(examples.values()) if all(examples.values()) else 0  # a site's policy may keep it
+    if run.is_sums:
+        examples, total = dict.fromkeys(examples, 0.0), 0  # a sum says nothing of how many rows are behind it
     metrics = [name for name in run.metrics if any(run.curve(name, site) for site in run.sites)][:2]
     phases = [phases_by_site(record) for record in rounds if record.finished]
     by_site = {name: mean_phases(each[name] for each in phases if name in each) for name in run.sites}
@@ -242,15 +247,12 @@ def _sites(run: RunRecord) -> list[Element]:
             ]
         )
     columns = [
-        "site",
-        "examples",
-        "share",
-        "updates used",
+        *("site", "examples", "share", "updates used"),
         *(f"{phase.removesuffix(_OTHERS)}, s" for phase in spent),
-        "sent",
-        "received",
+        *("sent", "received"),
+        *(f"last {name}" for name in metrics),
     ]
-    made = [table([*columns, *(f"last {name}" for name in metrics)], rows)] if rows else []
+    made = [table(*filled(columns, rows))] if rows else []
     if len(run.sites) > _SITES_LISTED:
         made.append(_soft(f"{len(run.sites) - _SITES_LISTED} more sites are in {HISTORY}."))
     if any(by_site.values()):

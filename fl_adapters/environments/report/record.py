@@ -166,6 +166,11 @@ class RunRecord:
         return str(len(names)) if not names or names == site_names(len(names)) else ",".join(names)
 
     @property
+    def is_sums(self) -> bool:
+        """Whether this is no training but sums over all sites, as of means for a `StandardScaler`."""
+        return self.planned == 0
+
+    @property
     def sites(self) -> list[str]:
         """Names of all sites that took part, in order: site-2 comes before site-10."""
         return sorted({name for record in self.rounds.values() for name in record.sites}, key=by_number)

@@ -85,8 +85,8 @@ class Run:
             self.event("report", number, site, metrics={metric: loss + at}, num_examples=9)
         self.event("scored", number, metrics={metric: loss}, best_round=1, best_metric=metric)
 
-    def finish(self) -> None:
-        self.event("finished", rounds=9, best_round=1, no_best="")
+    def finish(self, *, rounds: int = 9) -> None:
+        self.event("finished", rounds=rounds, best_round=1, no_best="")
 
 
 def test_the_page_says_what_the_events_say(tmp_path: Path) -> None:
@@ -152,6 +152,24 @@ def test_the_page_of_a_cross_validation_has_mean_and_deviation_of_its_trainings(
     assert page.texts[row + 1] == f"{np.mean(losses):.4g} \N{PLUS-MINUS SIGN} {np.std(losses, ddof=1):.4g}"
     later = Page(write_report(tmp_path / "study" / "2"))
     assert later.has("app: train.py") and not later.has("The script trains")
+
+
+def test_sums_before_a_training_have_no_examples_and_no_mean(tmp_path: Path) -> None:
+    """As of a pipeline whose scaler takes sums, and whose model trains."""
+    sums = Run(tmp_path / "study", ("north", "south"), name="study", app="train.py")
+    sums.event("started", rounds=0, sites=["north", "south"])
+    sums.round(1, 0.5, num_examples=1, metric="tunnel_bytes")
+    sums.finish(rounds=0)
+    training = Run(tmp_path / "study" / "2", ("north", "south"))
+    training.event("registered", site="north", info={"framework": "xgboost"})
+    training.round(1, 0.5)
+    training.finish()
+    page = Page(write_report(tmp_path / "study"))
+    assert not {"examples", "share"} & set(page.texts)
+    assert "tunnel_bytes" not in page.texts[: page.texts.index("Metrics by round")]  # only one training has it
+    assert not page.has("mean of 2 trainings") and page.has("such as 2/report.html")
+    row = page.texts.index("study/2")
+    assert page.texts[row + 1 : row + 3] == ["transformers, xgboost", "0.5"]
 
 
 def test_nothing_in_a_page_can_be_a_script_or_load_anything(tmp_path: Path) -> None:
