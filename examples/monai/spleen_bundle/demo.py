@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,28 +63,29 @@ def compare(
     console: Console, *, seed: int, data: str | None = None, bundle_folder: str | None = None, rounds: int = ROUNDS
 ) -> list[Score]:
     """Train in all three ways and return the Dice scores: each site alone, "federated", "central"."""
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = prepare(Path(folder), data)
-        root = bundle(bundle_folder)
-        files = [str(file) for file in sorted((root / "configs").glob("train.*"))]
-        if root.name != "small_bundle":
-            files.append(str(HERE / "hippocampus.json"))  # fits the bundle, made for large CT, to these volumes
-        setting = Setting(root, files, Path(folder), rounds, seed)
-        console.rule(f"The federation: {rounds} rounds at {SITES} sites")
-        run = federated(setting)
-        console.rule("For comparison: the same bundle without a federation")
-        sites = [f"site-{i}" for i in range(1, SITES + 1)]
-        longest_first = sorted([CENTRAL, *sites], key=lambda name: -sizes[name])
-        with ThreadPoolExecutor(AT_ONCE) as pool, console.status("training ..."):
-            trained = list(pool.map(lambda name: alone(setting, name, run, console), longest_first))
-        models = {**dict(zip(longest_first, trained, strict=True)), "federated": run / "best" / "model.pt"}
-        scores = []
-        with console.status("scoring on the held-out volumes ..."):
-            for name in (*sites, "federated", CENTRAL):
-                label = f"{name} alone" if name in sites else name
-                size = sizes[CENTRAL if name == "federated" else name]
-                scores.append(Score(label, size, dice(setting, models[name]), models[name].parent))
-        return scores
+    folder = Path("runs", "volumes").resolve()  # stays, so that the run can be repeated
+    shutil.rmtree(folder, ignore_errors=True)
+    sizes = prepare(folder, data)
+    root = bundle(bundle_folder)
+    files = [str(file) for file in sorted((root / "configs").glob("train.*"))]
+    if root.name != "small_bundle":
+        files.append(str(HERE / "hippocampus.json"))  # fits the bundle, made for large CT, to these volumes
+    setting = Setting(root, files, folder, rounds, seed)
+    console.rule(f"The federation: {rounds} rounds at {SITES} sites")
+    run = federated(setting)
+    console.rule("For comparison: the same bundle without a federation")
+    sites = [f"site-{i}" for i in range(1, SITES + 1)]
+    longest_first = sorted([CENTRAL, *sites], key=lambda name: -sizes[name])
+    with ThreadPoolExecutor(AT_ONCE) as pool, console.status("training ..."):
+        trained = list(pool.map(lambda name: alone(setting, name, run, console), longest_first))
+    models = {**dict(zip(longest_first, trained, strict=True)), "federated": run / "best" / "model.pt"}
+    scores = []
+    with console.status("scoring on the held-out volumes ..."):
+        for name in (*sites, "federated", CENTRAL):
+            label = f"{name} alone" if name in sites else name
+            size = sizes[CENTRAL if name == "federated" else name]
+            scores.append(Score(label, size, dice(setting, models[name]), models[name].parent))
+    return scores
 
 
 def federated(setting: Setting) -> Path:
@@ -130,9 +131,10 @@ def dice(setting: Setting, model: Path) -> float:
     }
     workflow = ConfigWorkflow(config_file=setting.files, logging_file=False, **override)
     workflow.initialize()
-    evaluator = workflow.evaluator
-    evaluator.network.load_state_dict(torch.load(model, weights_only=True))
-    evaluator.run()
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):  # its progress bars would break ours
+        evaluator = workflow.evaluator
+        evaluator.network.load_state_dict(torch.load(model, weights_only=True))
+        evaluator.run()
     return float(evaluator.state.metrics["val_mean_dice"])
 
 
