@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from fl_adapters.loop.connect import finish_earlier
+from fl_adapters.loop.masked_union import masked_union
 from fl_adapters.loop.replay import Replay, Result
 from fl_adapters.participant.identity import Site
 from fl_adapters.participant.local_result import LocalResult
@@ -42,6 +43,7 @@ from fl_runtime.aggregation.sums.call import (
 from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, TEXTS, VALUES, Sum
 from fl_runtime.capabilities import SUMS
 from fl_runtime.errors import ConfigError, ProtocolError, QuorumError, StateMismatchError
+from fl_runtime.secure_sum.totals import LARGEST_VALUE, WORDS
 from fl_runtime.types import Array, Arrays, Task, Terms
 from fl_runtime.wire.names import facts_of
 
@@ -49,6 +51,7 @@ _EXACT = 2**53
 """Integers below this are exact in float64."""
 _LARGEST = 1e140
 """Largest absolute value of a sum, so that the totals of all sites stay finite, and their squares too."""
+_RARE = "group the rare texts before union(...)"
 _LOCAL = Site("local", 0, 1, "")
 
 
@@ -195,7 +198,7 @@ class Sums:
                 totals = federation.sum({"count": len(rows), "gram": rows.T @ rows})
             ```
         """
-        arrays = _checked(values)
+        arrays = _checked(values, masked=self._masked)
         call = Call("sum", tuple((name, array.shape) for name, array in sorted(arrays.items())))
         flat = [array.reshape(-1) for _, array in sorted(arrays.items())]
         vector = np.concatenate(flat) if flat else np.empty(0)
@@ -232,8 +235,22 @@ class Sums:
             )
         own = sorted({str(text) for text in own})
         if (fault := fault_of_texts(own)) is not None:
-            raise ConfigError(fault, where="union", fix="group the rare texts before union(...)")
+            raise ConfigError(fault, where="union", fix=_RARE)
+        if self._masked:
+            return self._masked_union(own)
         return list(self._exchange(Call("union"), np.empty(0), {TEXTS: pack_texts(own)}, own).texts)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether the values leave this site masked, so that the server sees the totals alone."""
+        return self._session is not None and self._session.settings.secure_sum
+
+    def _masked_union(self, own: list[str]) -> list[str]:
+        """Return the union of texts, of which the server sees no site's own."""
+        found = masked_union(self.sum, own)
+        if (fault := fault_of_texts(found)) is not None:
+            raise StateMismatchError(fault, where="the union of all sites", fix=_RARE)
+        return found
 
     def _begin(self, session: Session) -> None:
         """Agree with the other sites, and receive the first task."""
@@ -324,8 +341,9 @@ def _missed(site: str, number: int, current: int) -> QuorumError:
     )
 
 
-def _checked(values: object) -> dict[str, Array]:
+def _checked(values: object, *, masked: bool) -> dict[str, Array]:
     """Return the values as float64 arrays. Raises ConfigError, which names the first that cannot be summed."""
+    most_bytes, largest = (MAX_BYTES // WORDS, LARGEST_VALUE) if masked else (MAX_BYTES, _LARGEST)
     where = "sum(...)"
     if not isinstance(values, Mapping):
         raise ConfigError(
@@ -333,16 +351,18 @@ def _checked(values: object) -> dict[str, Array]:
         )
     if len(values) > MAX_NAMES:
         raise ConfigError(f"sum got {len(values)} names; the limit is {MAX_NAMES}", where=where, fix="use arrays")
-    arrays = {name: _as_float64(name, value) for name, value in values.items()}
+    arrays = {name: _as_float64(name, value, largest) for name, value in values.items()}
     nbytes = sum(array.nbytes for array in arrays.values())
-    if nbytes > MAX_BYTES:
+    if nbytes > most_bytes:
         raise ConfigError(
-            f"sum got {nbytes} bytes of numbers; the limit is {MAX_BYTES}", where=where, fix="sum them in several calls"
+            f"sum got {nbytes} bytes of numbers; the limit is {most_bytes}",
+            where=where,
+            fix="sum them in several calls",
         )
     return arrays
 
 
-def _as_float64(name: object, value: object) -> Array:
+def _as_float64(name: object, value: object, most: float) -> Array:
     where = "sum(...)"
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise ConfigError(
@@ -372,8 +392,8 @@ def _as_float64(name: object, value: object) -> Array:
         raise ConfigError(
             f"{name!r} holds values that are not finite", where=where, fix="leave out or replace NaN and infinity first"
         )
-    if largest > _LARGEST:
+    if largest > most:
         raise ConfigError(
-            f"{name!r} holds {largest:.3g}, and values of sums go up to {_LARGEST:g}", where=where, fix="rescale it"
+            f"{name!r} holds {largest:.3g}, and values of sums go up to {most:g}", where=where, fix="rescale it"
         )
     return array

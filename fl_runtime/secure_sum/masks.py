@@ -49,8 +49,8 @@ def add_masks(
         part = flat[start : start + size]
         random = scratch[: part.size]
         zeros, target = memoryview(_ZEROS)[: part.nbytes], random.data.cast("B")
-        if ring.bits == 128:
-            part, random = part.reshape(-1, 2), random.reshape(-1, 2)
+        if ring.words > 1:
+            part, random = part.reshape(-1, ring.words), random.reshape(-1, ring.words)
         for change, stream in streams:
             stream.update_into(zeros, target)
             change(part, random)
@@ -58,8 +58,8 @@ def add_masks(
 
 def _words(vector: Array, ring: Ring, name: str) -> Array:
     """Return a flat view of a vector."""
-    pairs = ring.bits != 128 or vector.shape[-1:] == (2,)
-    if vector.dtype != ring.dtype or not pairs or not vector.flags.c_contiguous or not vector.flags.writeable:
+    rows = ring.words == 1 or vector.shape[-1:] == (ring.words,)
+    if vector.dtype != ring.dtype or not rows or not vector.flags.c_contiguous or not vector.flags.writeable:
         raise ConfigError(
             f"{name} is an array of {vector.dtype} that no mask of {ring.bits} bits can be added to",
             fix="use a contiguous, writable array as Ring.encode returns it",

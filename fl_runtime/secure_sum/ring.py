@@ -1,12 +1,13 @@
 """Fixed-point numbers modulo 2^b: how values become integers whose sum is exact, whatever the order of the sites.
 
 A value x becomes round(x * 2^f) modulo 2^b, rounded to the nearest integer, ties to even. Negative values take the
-upper half of the range (two's complement). Numbers modulo 2^128 are pairs of uint64, the lower half first.
+upper half of the range (two's complement). Numbers modulo 2^128 or 2^256 are rows of uint64, the lowest first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from fl_runtime.errors import ConfigError, UpdateRefusedError
 from fl_runtime.types import Array
 
 _MAX_FRACTION_BITS = 512  # 2^-512 is far from the limits of float64
-_WORDS: dict[int, np.dtype[Any]] = {32: np.dtype("<u4"), 64: np.dtype("<u8"), 128: np.dtype("<u8")}
+_WORDS: dict[int, np.dtype[Any]] = {32: np.dtype("<u4"), **dict.fromkeys((64, 128, 256), np.dtype("<u8"))}
 _DOES_NOT_FIT = "a value is not finite, or too large for the sum"
 
 
@@ -26,19 +27,19 @@ class Ring:
     """Integers modulo 2^bits that stand for multiples of 2^-fraction_bits.
 
     Attributes:
-        bits: 32 (arrays of uint32), 64 (uint64) or 128 (uint64 with a last dimension of 2, the lower half first).
+        bits: 32 (arrays of uint32), 64 (uint64), 128 or 256 (uint64 with a last dimension of 2 or 4, the lowest first).
         fraction_bits: Number of binary digits after the point, from 0 to 512.
 
     Raises:
         ConfigError: If one of both is out of range.
     """
 
-    bits: Literal[32, 64, 128]
+    bits: Literal[32, 64, 128, 256]
     fraction_bits: int
 
     def __post_init__(self) -> None:
         if self.bits not in _WORDS:
-            raise ConfigError(f"bits={self.bits!r} is not a size of a secure sum", fix="use 32, 64 or 128")
+            raise ConfigError(f"bits={self.bits!r} is not a size of a secure sum", fix="use 32, 64, 128 or 256")
         if not 0 <= self.fraction_bits <= _MAX_FRACTION_BITS:
             raise ConfigError(
                 f"fraction_bits={self.fraction_bits!r} is out of range", fix=f"use 0 to {_MAX_FRACTION_BITS}"
@@ -50,7 +51,7 @@ class Ring:
         sites: int,
         bound: float,
         weight: float = 0.0,
-        bits: Literal[32, 64, 128] = 64,
+        bits: Literal[32, 64, 128, 256] = 64,
         least_fraction_bits: int = 0,
     ) -> Ring:
         """Return the finest ring in which a weighted sum over sites cannot wrap around.
@@ -62,7 +63,7 @@ class Ring:
             sites: Number of sites that add a vector.
             bound: Largest absolute value of an element before it is weighted.
             weight: Largest sum of the weights; 0 for a sum without weights, in which each site counts once.
-            bits: 32, 64 or 128.
+            bits: 32, 64, 128 or 256.
             least_fraction_bits: Binary digits after the point that the caller needs.
 
         Returns:
@@ -90,6 +91,11 @@ class Ring:
         """The dtype of encoded arrays."""
         return _WORDS[self.bits]
 
+    @property
+    def words(self) -> int:
+        """Number of words of 64 bits in a number; 1 with bits=32 too."""
+        return max(1, self.bits // 64)
+
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """Return the encoding of zeros, to which vectors are added.
 
@@ -97,9 +103,9 @@ class Ring:
             shape: Shape of the decoded array.
 
         Returns:
-            A new array of the ring; with bits=128 it has one more dimension, of size 2.
+            A new array of the ring; with bits=128 or 256 it has one more dimension, of size `words`.
         """
-        return np.zeros((*shape, 2) if self.bits == 128 else shape, self.dtype)
+        return np.zeros((*shape, self.words) if self.words > 1 else shape, self.dtype)
 
     def encode(self, values: Array) -> Array:
         """Return values as integers of the ring.
@@ -131,8 +137,8 @@ class Ring:
         Returns:
             A new array of float64, each number rounded once, to the nearest, ties to even.
         """
-        if self.bits == 128:
-            return _decode_pairs(total, self.fraction_bits)
+        if self.words > 1:
+            return _decode_words(total, self.fraction_bits)
         signed = total.view(np.int32 if self.bits == 32 else np.int64)
         decoded: Array = signed.astype(np.float64) * 2.0**-self.fraction_bits  # exact, as for all powers of 2
         return decoded
@@ -144,11 +150,18 @@ class Ring:
             total: An array of the ring, changed in place.
             vector: An array of the ring of the same shape.
         """
-        if self.bits != 128:
+        if self.words == 1:
             np.add(total, vector, out=total)
             return
-        total[..., 0] += vector[..., 0]
-        total[..., 1] += vector[..., 1] + (total[..., 0] < vector[..., 0])
+        carry: Array | None = None
+        for word in range(self.words):
+            sums = total[..., word]
+            sums += vector[..., word]
+            over = sums < vector[..., word]
+            if carry is not None:
+                sums += carry
+                over |= sums < carry
+            carry = over
 
     def subtract_from(self, total: Array, vector: Array) -> None:
         """Subtract a vector from a total in place, modulo 2^bits.
@@ -157,12 +170,18 @@ class Ring:
             total: An array of the ring, changed in place.
             vector: An array of the ring of the same shape.
         """
-        if self.bits != 128:
+        if self.words == 1:
             np.subtract(total, vector, out=total)
             return
-        borrow = total[..., 0] < vector[..., 0]
-        total[..., 0] -= vector[..., 0]
-        total[..., 1] -= vector[..., 1] + borrow
+        borrow: Array | None = None
+        for word in range(self.words):
+            rest = total[..., word]
+            under = rest < vector[..., word]
+            rest -= vector[..., word]
+            if borrow is not None:
+                under |= rest < borrow
+                rest -= borrow
+            borrow = under
 
     def _of_floats(self, array: Array) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -171,11 +190,14 @@ class Ring:
             magnitude = np.abs(scaled)
         if array.size and not magnitude.max() < 2.0 ** (self.bits - 1):  # False for NaN
             raise UpdateRefusedError(_DOES_NOT_FIT, fix="clip the values to the bound of the sum")
-        if self.bits != 128:
+        if self.words == 1:
             return scaled.astype(np.int64).view(np.uint64).astype(self.dtype, copy=False)
-        upper = np.floor(magnitude * 2.0**-64)
-        lower = magnitude - upper * 2.0**64  # exact: these are the low ones of the 53 binary digits
-        return self._signed(np.stack([lower.astype(np.uint64), upper.astype(np.uint64)], axis=-1), scaled < 0)
+        words: list[Array] = []
+        for word in reversed(range(self.words)):  # exact: each step leaves the low ones of the 53 binary digits
+            part = np.floor(magnitude * 2.0 ** (-64 * word))
+            magnitude = magnitude - part * 2.0 ** (64 * word)
+            words.insert(0, part.astype(np.uint64))
+        return self._signed(np.stack(words, axis=-1), scaled < 0)
 
     def _shifted(self, magnitude: Array) -> Array:
         """Return whole numbers times 2^f."""
@@ -184,20 +206,19 @@ class Ring:
             raise UpdateRefusedError(_DOES_NOT_FIT, fix="clip the values to the bound of the sum")
         if shift >= self.bits:
             magnitude, shift = np.zeros_like(magnitude), 0  # no other number fits
-        if self.bits != 128:
+        if self.words == 1:
             return magnitude << np.uint64(shift)
-        if shift >= 64:
-            return np.stack([np.zeros_like(magnitude), magnitude << np.uint64(shift - 64)], axis=-1)
-        upper = magnitude >> np.uint64(64 - shift) if shift else np.zeros_like(magnitude)
-        return np.stack([magnitude << np.uint64(shift), upper], axis=-1)
+        place, within = divmod(shift, 64)
+        words = [np.zeros_like(magnitude) for _ in range(self.words + 1)]
+        words[place] = magnitude << np.uint64(within)
+        if within:
+            words[place + 1] = magnitude >> np.uint64(64 - within)  # none in the word beyond the last, since it fits
+        return np.stack(words[: self.words], axis=-1)
 
     def _signed(self, magnitude: Array, negative: Array) -> Array:
-        if self.bits != 128:
+        if self.words == 1:
             return np.where(negative, np.negative(magnitude), magnitude).astype(self.dtype)
-        flipped = ~magnitude
-        flipped[..., 0] += np.uint64(1)
-        flipped[..., 1] += flipped[..., 0] == 0
-        return np.where(negative[..., np.newaxis], flipped, magnitude)
+        return np.where(negative[..., np.newaxis], _negated(magnitude), magnitude)
 
 
 def count_beyond(values: Array, bound: float) -> int:
@@ -233,19 +254,40 @@ def _whole_log2(ratio: Fraction) -> int:
     return (ratio.numerator // ratio.denominator).bit_length() - 1
 
 
-def _decode_pairs(total: Array, fraction_bits: int) -> Array:
-    lower, upper = total[..., 0], total[..., 1]
-    negative = upper >> np.uint64(63) == 1
-    lower = np.where(negative, np.negative(lower), lower)
-    upper = np.where(negative, ~upper + (lower == 0), upper)
-    small = upper == 0
-    upper, lower = np.where(small, lower, upper), np.where(small, np.uint64(0), lower)
-    exponent = np.where(small, 0, 64)
+def _negated(number: Array) -> Array:
+    """Return minus a number of several words."""
+    flipped = ~number
+    carry = np.ones(number.shape[:-1], bool)
+    for word in range(number.shape[-1]):
+        flipped[..., word] += carry
+        carry &= flipped[..., word] == 0
+    return flipped
+
+
+def _decode_words(total: Array, fraction_bits: int) -> Array:
+    negative = total[..., -1] >> np.uint64(63) == 1
+    magnitude = np.where(negative[..., np.newaxis], _negated(total), total)
+    upper, lower, exponent = _two_highest([magnitude[..., word] for word in range(total.shape[-1])])
     for step in (32, 16, 8, 4, 2, 1):  # moves the number up until its highest digit is that of `upper`
         low = upper >> np.uint64(64 - step) == 0
         upper = np.where(low, upper << np.uint64(step) | lower >> np.uint64(64 - step), upper)
         lower = np.where(low, lower << np.uint64(step), lower)
         exponent = exponent - np.where(low, step, 0)
     upper = upper | (lower != 0)  # the last digit stands for all below it, so that float64 rounds once
-    magnitude: Array = np.ldexp(upper.astype(np.float64), exponent - fraction_bits)
-    return np.where(negative, -magnitude, magnitude)
+    decoded: Array = np.ldexp(upper.astype(np.float64), exponent - fraction_bits)
+    return np.where(negative, -decoded, decoded)
+
+
+def _two_highest(words: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """Return the highest word that is not 0, the one below it, and the exponent of the first.
+
+    The last binary digit of the second stands for all words below it.
+    """
+    upper, lower, rest = words[0], np.zeros_like(words[0]), np.zeros(words[0].shape, bool)
+    exponent = np.zeros(words[0].shape, np.int64)
+    for number, word in enumerate(words[1:], 1):
+        higher = word != 0
+        rest = np.where(higher, rest | (lower != 0), rest)
+        lower, upper = np.where(higher, upper, lower), np.where(higher, word, upper)
+        exponent = np.where(higher, 64 * number, exponent)
+    return upper, lower | rest, exponent

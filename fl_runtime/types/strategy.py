@@ -95,7 +95,7 @@ class Strategy(Protocol):
             about models then have no effect, see `RunSettings.without_model`.
         weighted: Whether `site_weights` of the job have an effect.
         scalable: Whether the server can scale down the weight of one update, so that a cap on shares holds.
-        summable: Whether the weighted mean of the updates makes the same model as the updates.
+        summable: Whether the sum of the updates, or their weighted mean, makes the same model as the updates.
         partial: Whether updates may lack tensors, each of which is then combined over the sites that send it.
         needs_steps: Whether every update must state its number of optimizer steps.
         shows: What of a single site's update other sites get: nothing, the whole "updates" (the aggregator of a swarm

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.local_result import LocalResult, UpdateHeader
+from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, VALUES
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
 from fl_runtime.filters.server import applied_filters
 from fl_runtime.secure_sum import SiteSums
+from fl_runtime.secure_sum.ring import Ring
+from fl_runtime.secure_sum.totals import encoded_values, ring_of_totals
 from fl_runtime.secure_sum.travelling import ANSWER, MOST_SHARES_BYTES, MaskedMark, as_message, as_text
 from fl_runtime.secure_sum.vectors import Rings, vectors_of
-from fl_runtime.types import Arrays, Report, Settings, Task, Update
+from fl_runtime.types import Array, Arrays, Report, Settings, Task, Update
+
+_Part: TypeAlias = tuple[dict[str, Array], Ring]
+"""Vectors of an update, and the ring in which they are summed."""
 
 _TELLS_BUDGET = "GaussianDP"
 """The filter whose record goes to the server: what it has spent does not depend on the site's data."""
@@ -48,7 +54,7 @@ class SecureSumSite:
             equal_only: Whether all sites must count the same, since they divide the noise of the sum equally.
         """
         self._client, self._gate, self._header, self._sums = client, gate, header, sums
-        self._rings, self._equal_only = Rings.for_sites(sites), equal_only
+        self._rings, self._totals, self._equal_only = Rings.for_sites(sites), ring_of_totals(sites), equal_only
         self._task: Task | None = None  # the last task of training
         self._kept: Update | None = None  # this round's update, for masks that begin again
         self._report: Report | None = None
@@ -72,10 +78,10 @@ class SecureSumSite:
         Raises:
             UpdateRefusedError: The update has something that cannot be summed, or too large a value.
         """
-        if update.content != "weights" or update.extras:
+        if not (update.content == "weights" or _is_call(update)) or update.extras:
             what = "tensors beside the weights" if update.extras else "encoded updates"
             raise UpdateRefusedError(
-                f"a secure sum adds plain weights, and this site would send {what}",
+                f"a secure sum adds plain weights or values, and this site would send {what}",
                 where=f"{update.site}, round {update.round}",
                 fix="leave the filter that encodes them, or optimizer_state: average, out of job and policy",
             )
@@ -134,7 +140,26 @@ class SecureSumSite:
 
     def _masked(self, update: Update, task: Task) -> Update:
         settings = _sum_settings(task)
-        factor, stage = float(settings.get("factor", 1.0)), str(settings.get("stage", ""))
+        stage, received = str(settings.get("stage", "")), _messages(settings, "received")
+        parts = self._call_parts(update) if _is_call(update) else self._model_parts(update, task, settings)
+        with self._gate.leaving_on_refusal("secure sum", task.round):
+            for vectors, ring in parts:
+                self._sums.mask(task.round, stage, received, vectors, ring)
+            mark = self._mark(task.round, stage, settings.get("next"))
+        told = [item for item in applied_filters(update.encoding) if item.get("name") == _TELLS_BUDGET]
+        arrays = {name: vector for vectors, _ in parts for name, vector in vectors.items()}
+        if _is_call(update):
+            arrays[CALL] = update.arrays[CALL]  # names and shapes are no secret: the server compares them
+        return self._sent(task, arrays, mark.encoding(told), task.stage)
+
+    def _call_parts(self, update: Update) -> list[_Part]:
+        """The values of a call of `fl_adapters.sums`, not masked yet."""
+        where = f"{update.site}, call {update.round}"
+        return [({VALUES: encoded_values(update.arrays[VALUES], self._totals, where)}, self._totals)]
+
+    def _model_parts(self, update: Update, task: Task, settings: Settings) -> list[_Part]:
+        """The vectors of a model's update, not masked yet."""
+        factor = float(settings.get("factor", 1.0))
         if not 0 < factor <= _LARGEST_FACTOR:
             raise ProtocolError(f"the server gives this site the weight {factor:g} in a secure sum")
         if self._equal_only and (factor != 1 or settings.get("equal") is not True):
@@ -145,15 +170,8 @@ class SecureSumSite:
             )
         report = self._report if self._report is not None and self._report.version == task.version else None
         equal = settings.get("equal") is True
-        vectors = vectors_of(update, factor, self._rings, equal=equal, report=report)
-        tensors, numbers = self._rings.split(vectors)
-        received = _messages(settings, "received")
-        with self._gate.leaving_on_refusal("secure sum", task.round):
-            self._sums.mask(task.round, stage, received, tensors, self._rings.tensors)
-            self._sums.mask(task.round, stage, received, numbers, self._rings.numbers)
-            mark = self._mark(task.round, stage, settings.get("next"))
-        told = [item for item in applied_filters(update.encoding) if item.get("name") == _TELLS_BUDGET]
-        return self._sent(task, {**tensors, **numbers}, mark.encoding(told), task.stage)
+        tensors, numbers = self._rings.split(vectors_of(update, factor, self._rings, equal=equal, report=report))
+        return [(tensors, self._rings.tensors), (numbers, self._rings.numbers)]
 
     def _mark(self, round: int, stage: str, next_stage: object) -> MaskedMark:
         """The signature and the shares that leave with a masked update, so that no step need ask for them."""
@@ -169,6 +187,11 @@ class SecureSumSite:
         """What the server gets: it learns no number of examples, steps or metrics of this site alone."""
         update = self._header.update(task, arrays, LocalResult(1, 0, {}), {})
         return replace(update, stage=stage, content="encoded", encoding=encoding)
+
+
+def _is_call(update: Update) -> bool:
+    """Whether an update holds the values of a call of `fl_adapters.sums`, not a model's weights."""
+    return (update.content, update.encoding) == ("encoded", ENCODING)
 
 
 def _sum_settings(task: Task) -> Settings:

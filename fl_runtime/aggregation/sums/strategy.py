@@ -39,6 +39,7 @@ class Sum(Described):
         content: What updates hold: "encoded".
         initial: Where the initial model comes from: nowhere, it has no values.
         open_ended: Whether the sites decide when the run ends: yes.
+        summable: Whether the sum of the updates is enough: yes, so that they may be masked.
         weighted: Whether `site_weights` of the job have an effect: no.
         scalable: Whether one site can be scaled down: no, since the total would not be one.
     """
@@ -48,6 +49,7 @@ class Sum(Described):
     initial: ClassVar[Literal["first", "all", "none"]] = "none"
     open_ended: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    summable: ClassVar[bool] = True
     weighted: ClassVar[bool] = False
     scalable: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset({SUMS})
@@ -111,13 +113,7 @@ class _Total:
         updates = self._updates
         if not updates:
             raise RoundFailedError("no site has sent values for this sum", fix="see the logs of the sites")
-        lines = differing({update.site: Call.from_array(update.arrays[CALL]) for update in updates})
-        if lines:
-            raise StateMismatchError(
-                "the sites do not make the same call:\n    " + "\n    ".join(lines),
-                where=f"call {updates[0].round} of the block `with fl_adapters.sums(...)`",
-                fix="call sum and union equally often at every site, in the same order, with the same names and shapes",
-            )
+        check_same_call(updates)
         first = updates[0].arrays
         extras = {SITES: packed([update.site for update in updates])}
         if Call.from_array(first[CALL]).kind == "union":
@@ -128,6 +124,24 @@ class _Total:
         for name, array in extras.items():
             beside[name][...] = array
         return out, beside
+
+
+def check_same_call(updates: Sequence[Update]) -> None:
+    """Compare the calls of the updates of one round.
+
+    Args:
+        updates: At least one, each with a call that `Sum.check` can read.
+
+    Raises:
+        StateMismatchError: They differ.
+    """
+    lines = differing({update.site: Call.from_array(update.arrays[CALL]) for update in updates})
+    if lines:
+        raise StateMismatchError(
+            "the sites do not make the same call:\n    " + "\n    ".join(lines),
+            where=f"call {updates[0].round} of the block `with fl_adapters.sums(...)`",
+            fix="call sum and union equally often at every site, in the same order, with the same names and shapes",
+        )
 
 
 def total(out: Array, parts: Sequence[Array]) -> None:

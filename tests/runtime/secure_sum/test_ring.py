@@ -16,23 +16,21 @@ from fl_runtime.errors import ConfigError, UpdateRefusedError
 from fl_runtime.secure_sum import Ring, count_beyond
 from fl_runtime.types import Array
 
-BITS = [32, 64, 128]
+BITS = [32, 64, 128, 256]
 
 
 def numbers(ring: Ring, array: Array) -> list[int]:
     """The signed whole numbers that an array of a ring holds."""
-    if ring.bits == 128:
-        found = [int(lower) + (int(upper) << 64) for lower, upper in array.reshape(-1, 2)]
-    else:
-        found = [int(each) for each in array.reshape(-1)]
+    rows = array.reshape(-1, ring.words)
+    found = [sum(int(word) << 64 * place for place, word in enumerate(row)) for row in rows]
     return [each - 2**ring.bits if each >= 2 ** (ring.bits - 1) else each for each in found]
 
 
 def of_numbers(ring: Ring, values: list[int]) -> Array:
     """The array of a ring that holds whole numbers, of any sign."""
-    if ring.bits == 128:
-        pairs = [((each % 2**128) % 2**64, (each % 2**128) >> 64) for each in values]
-        return np.array(pairs, np.uint64).reshape(-1, 2)
+    if ring.words > 1:
+        rows = [[(each % 2**ring.bits >> 64 * place) % 2**64 for place in range(ring.words)] for each in values]
+        return np.array(rows, np.uint64).reshape(-1, ring.words)
     return np.array([each % 2**ring.bits for each in values], ring.dtype)
 
 
@@ -73,7 +71,7 @@ def test_decoding_rounds_once(bits: Any, fraction_bits: int, data: st.DataObject
 
 @given(
     st.sampled_from(BITS),
-    st.lists(st.tuples(st.integers(-(2**127), 2**127), st.integers(-(2**127), 2**127)), min_size=1),
+    st.lists(st.tuples(st.integers(-(2**255), 2**255), st.integers(-(2**255), 2**255)), min_size=1),
 )
 def test_sums_and_differences_wrap(bits: Any, pairs: list[tuple[int, int]]) -> None:
     ring = Ring(bits, 0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fl_runtime.aggregation.sums.call import MAX_BYTES, Call
+from fl_runtime.aggregation.sums.strategy import CALL, VALUES
 from fl_runtime.errors import ProtocolError
+from fl_runtime.secure_sum.totals import WORDS
 from fl_runtime.secure_sum.travelling import ANSWER, as_message
 from fl_runtime.secure_sum.vectors import NUMBERS
 from fl_runtime.server.calls import limits
@@ -14,6 +17,7 @@ from fl_runtime.server.courses.cross_site import CrossEvaluation
 from fl_runtime.server.courses.initial import InitialModel
 from fl_runtime.server.courses.rounds import Rounds
 from fl_runtime.server.courses.scoring import Scoring
+from fl_runtime.server.courses.secure_sum.contents import MaskedContent, MaskedModels, MaskedValues
 from fl_runtime.server.courses.secure_sum.masked_sum import MaskedSum
 from fl_runtime.server.courses.secure_sum.steps import PREFIX, mark_of
 from fl_runtime.server.courses.synchronous import Synchronous
@@ -104,9 +108,15 @@ class SecureSum:
 
     def _begin_sum(self, current: OpenRound) -> MaskedSum:
         ahead = self._sum.steps.ahead() if self._sum is not None else None
-        self._sum = MaskedSum(self._state, self._membership, self._scoring, current, self._told, ahead)
+        self._sum = MaskedSum(self._state, self._membership, current, self._content(current), ahead)
         self._state.published.notify_all()
         return self._sum
+
+    def _content(self, current: OpenRound) -> MaskedContent:
+        state = self._state
+        if state.plan.strategy.content == "encoded":
+            return MaskedValues(len(state.settings.sites), current)
+        return MaskedModels(state, self._scoring, current, state.models.newest, self._told)
 
 
 class MaskedChecks:
@@ -131,7 +141,14 @@ class MaskedChecks:
             )
         with self._state.lock:
             agreed = self._state.layouts.get(agreed_layout(self._membership.members))
-        self._check_vectors(manifest, agreed)
+            sums_values = self._sums_values()
+        if sums_values:
+            _check_values_of_call(manifest)
+        else:
+            self._check_vectors(manifest, agreed)
+
+    def _sums_values(self) -> bool:
+        return self._state.plan.strategy.content == "encoded"
 
     def check_values(self, update: Update) -> None:
         """Check the values of the initial model; those of a masked update are uniform whatever the site has sent."""
@@ -139,6 +156,10 @@ class MaskedChecks:
             if update.round > 0:
                 raise ProtocolError("an update is not masked, in a job with secure_sum")
             self._tensors.check_values(update)
+        elif self._sums_values() and CALL in update.arrays:  # an answer to a step has no tensors
+            call = Call.from_array(update.arrays[CALL])
+            if call.kind == "union" or len(update.arrays[VALUES]) != call.size:
+                raise ProtocolError(f"the masked values of {update.site} do not fit the call that it names")
 
     def _check_vectors(self, manifest: Manifest, agreed: Manifest | None) -> None:
         shapes = {t.name: t.shape for t in agreed.tensors if not t.extra} if agreed else {}
@@ -151,3 +172,15 @@ class MaskedChecks:
                 raise ProtocolError(f"the masked vector {tensor.name[:80]!r} is not one of the agreed tensors")
         if numbers > limits.MAX_METRICS:
             raise ProtocolError(f"a masked update has {numbers} single numbers; the limit is {limits.MAX_METRICS}")
+
+
+def _check_values_of_call(manifest: Manifest) -> None:
+    """Refuse a masked update of `fl_adapters.sums` that is not masked values and their call."""
+    found = {tensor.name: (tensor.dtype, len(tensor.shape), tensor.extra) for tensor in manifest.tensors}
+    if found != {VALUES: ("uint64", 2, False), CALL: ("uint8", 1, False)} or manifest.nbytes > 2 * MAX_BYTES:
+        raise ProtocolError(
+            "a masked update of a sum does not consist of values and their call",
+            fix="run the same version of fl-adapters at every site",
+        )
+    if next(tensor for tensor in manifest.tensors if tensor.name == VALUES).shape[1] != WORDS:
+        raise ProtocolError("the masked values of a sum have another width", fix="run the same version at every site")

@@ -108,18 +108,20 @@ class Summing:
         self._keep_withheld(self._blob)
         return self._blob
 
-    def finish_with(self, mean: Update) -> Blob:
-        """Complete the sum of a round whose updates have been averaged elsewhere.
+    def finish_with(self, *updates: Update) -> Blob:
+        """Complete the sum of a round whose updates have been summed elsewhere.
 
         Args:
-            mean: Their weighted mean, as one update with all of their examples.
+            updates: What stands for them: their weighted mean, as one update with all of their examples, or updates
+                with the same sum.
 
         Returns:
             The next global model.
         """
         with combining(self._current.round):
             self._aggregator = self._make_aggregator(None)
-            self._aggregator.add(mean)
+            for update in updates:
+                self._aggregator.add(update)
             self._aggregator.result()
         assert self._blob is not None
         return self._blob
