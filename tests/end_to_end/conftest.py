@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import fl_adapters
@@ -87,6 +88,16 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     bench.close()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory for the test. No process of a run may be left afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before = psutil.Process().children(recursive=True)
+    yield tmp_path
+    started = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
 @pytest.fixture(scope="module")

@@ -5,97 +5,21 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from virtual_sites import NOISY, assert_same, averaged, model_of, noisy, script, simulated
 
 import fl_adapters as fl
-from fl_adapters import Job, Simulation
-from fl_adapters.environments.local import SimulationResult
+from fl_adapters import Simulation
 from fl_adapters.environments.progress import RunView
-from fl_runtime.errors import (
-    ConfigError,
-    FederationError,
-    HandshakeError,
-    QuorumError,
-    SiteFailedError,
-    StateMismatchError,
-    UpdateRefusedError,
-)
+from fl_runtime.errors import ConfigError, QuorumError, SiteFailedError
 from fl_runtime.store.tensorfile import read_tensors
 from fl_runtime.types import Event
-
-# Noise that is seeded by site and round, so the oracle below needs no more than the fixed order of the sites.
-NOISY = """
-import numpy as np
-import fl_adapters as fl
-
-def initial():
-    return {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
-
-def train(task, site):
-    assert fl.site() == site
-    rng = np.random.default_rng([site.index, task.round])
-    arrays = {name: array + rng.normal(size=array.shape).astype(np.float32) for name, array in task.arrays.items()}
-    task.submit(arrays, num_examples=site.index % 5 + 1, local_steps=2, metrics={"train_loss": 1.0 / task.round})
-"""
-
-
-def noisy(index: int, round: int, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the site sends, drawn in the order of the names as in the script above."""
-    rng = np.random.default_rng([index, round])
-    return {name: array + rng.normal(size=array.shape).astype(np.float32) for name, array in model.items()}
-
-
-def averaged(sites: int, rounds: int, chosen: Callable[[int], list[int]] | None = None) -> dict[str, Any]:
-    """Compute FedAvg in plain NumPy: the running mean in float32, in the order of the sites."""
-    model = {"w": np.zeros((40, 3), np.float32), "b": np.ones(7, np.float32)}
-    for round in range(1, rounds + 1):
-        total, mean = 0, model
-        for index in chosen(round) if chosen else range(sites):
-            update, weight = noisy(index, round, model), index % 5 + 1
-            total += weight
-            share = np.float32(weight / total)
-            mean = update if total == weight else {n: mean[n] + (update[n] - mean[n]) * share for n in mean}
-        model = mean
-    return model
-
-
-def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    assert {name: array.tobytes() for name, array in found.items()} == {n: a.tobytes() for n, a in expected.items()}
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory for the test. No process of a run may be left afterwards."""
-    monkeypatch.chdir(tmp_path)
-    before = psutil.Process().children(recursive=True)
-    yield tmp_path
-    started = [process for process in psutil.Process().children(recursive=True) if process not in before]
-    assert psutil.wait_procs(started, timeout=20)[1] == []
-
-
-def script(text: str) -> str:
-    Path("train.py").write_text(textwrap.dedent(text))
-    return "train.py:train"
-
-
-def simulated(app: str, *, sites: int = 50, rounds: int = 3, workers: int = 2, **options: Any) -> SimulationResult:
-    known = {"engine": "processes", "quiet": True} | {
-        name: options.pop(name) for name in ("engine", "function", "initial", "listeners", "args") if name in options
-    }
-    return Job(app=app, rounds=rounds, **options).run(Simulation(sites=sites, workers=workers, **known))
-
-
-def model_of(result: SimulationResult) -> Mapping[str, Any]:
-    assert result.model is not None
-    return read_tensors(result.model / "model.safetensors")
 
 
 def test_the_mean_is_that_of_numpy_whatever_the_number_of_workers(here: Path) -> None:
@@ -395,87 +319,6 @@ def test_ctrl_c_ends_the_workers_and_the_run(here: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         simulated(script(NOISY), rounds=100_000, listeners=[interrupt])
     assert not [thread for thread in threading.enumerate() if thread.name == "fl-rounds"]
-
-
-SUBMITTING = """
-import numpy as np
-
-def initial():
-    return {"w": np.zeros(4, np.float32)}
-
-def train(task, site):
-    %s
-"""
-
-
-@pytest.mark.parametrize(
-    ("line", "kind", "said"),
-    [
-        ("pass", ConfigError, "returned without a submitted update in round 1"),
-        (
-            "task.submit({'w': np.zeros(5, np.float32)}, num_examples=1)",
-            StateMismatchError,
-            r"float32\[4\] != float32\[5\]",
-        ),
-        (
-            "task.submit({'w': task.arrays['w'] + np.nan}, num_examples=1)",
-            UpdateRefusedError,
-            "NaN or infinite values in w",
-        ),
-        ("task.submit(task.arrays, num_examples=0)", UpdateRefusedError, "num_examples is 0"),
-        ("task.submit(task.arrays, num_examples=1, extras=task.arrays)", ConfigError, "cannot send extras"),
-    ],
-)
-def test_a_bad_result_is_refused_with_site_and_round(
-    here: Path, line: str, kind: type[FederationError], said: str
-) -> None:
-    with pytest.raises(kind, match=said) as raised:
-        simulated(script(SUBMITTING % line), sites=3, workers=1)
-    assert "site-1, round 1" in raised.value.where
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"app": "train.py"}, "does not name one"),
-        ({"app": "train.py:nothing"}, "has no function nothing"),
-        ({"app": "absent.py:train"}, "there is no script absent.py"),
-        ({"app": "absent.module:train"}, "cannot be imported: ModuleNotFoundError"),
-        ({"engine": "threads"}, "no engine 'threads'"),
-        ({"workers": 0}, "0 workers"),
-        ({"rounds": None}, "does not say how many rounds"),
-        ({"cross_site": True}, "cross_site needs sites with"),
-        ({"secure_sum": True}, "secure_sum needs sites with"),
-        ({"keep_local": ["b"]}, "keep_local needs sites with"),
-        ({"strategy": "fedbuff"}, "fedbuff needs sites with"),
-        ({"filters": [{"name": "Quantize", "to": "int8"}]}, "the filter Quantize at site_out needs sites"),
-        ({"function": print}, "there are no initial weights"),
-        ({"function": print, "initial": {"w": [0.0, 1.0]}}, "'w' is a list, not an array"),
-        ({"function": print, "initial": {"w": np.zeros(2)}, "args": ("a",)}, "take no command-line arguments"),
-    ],
-)
-def test_what_cannot_work_is_refused(here: Path, options: dict[str, Any], said: str) -> None:
-    script(NOISY)
-    with pytest.raises(FederationError, match=said):
-        simulated(**{"app": "train.py:train", "sites": 3} | options)
-    assert not Path("runs").exists() or not list(Path("runs").iterdir())  # the name stays free
-
-
-def test_a_strategy_that_needs_a_capability_is_refused(here: Path) -> None:
-    with pytest.raises(HandshakeError, match="scaffold needs the capability"):
-        simulated(script(NOISY), sites=3, strategy="scaffold")
-
-
-def test_what_is_for_virtual_sites_alone_is_refused_without_an_engine(here: Path) -> None:
-    with pytest.raises(ConfigError, match="workers is for virtual sites"):
-        Job(app=script(NOISY), rounds=1).run(Simulation(sites=2, workers=2))
-
-
-def test_without_ray_the_extra_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match="needs Ray") as raised:
-        simulated(script(NOISY), engine="ray")
-    assert "fl-adapters[ray]" in raised.value.fix
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def comparison_tables(names: Sequence[str], columns: Mapping[str, Sequence[str]]
     Yields:
         Tables with a row for each run. There is more than one where the columns do not fit side by side.
     """
-    first = _width_of(["run", *names])
+    first = min(max(len(name) for name in ["run", *names]), max(_WIDEST, width * 2 // 5))
     blocks: list[list[str]] = [[]]
     left = width - first - _FRAME
     for heading, cells in columns.items():

@@ -33,3 +33,12 @@ def test_eight_runs_are_readable_at_any_width(width: int) -> None:
         cells = [cell for row in rows if row[0] == run for cell in row[1:]]
         assert cells == [values[at] for values in COLUMNS.values()]
     assert len(rows) == len(RUNS) * {60: 3, 80: 2, 140: 1}[width]
+
+
+def test_names_that_simulations_give_their_runs_are_not_broken_at_80_columns() -> None:
+    names = ["train_federated-1203-120517", "train_federated-1203-120525"]
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    for table in comparison_tables(names, {"app": ["a" * 40, "b" * 40], "loss": ["0.5", "0.6"]}, 80):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    assert set(names) <= set(console.file.getvalue().split())
