@@ -10,6 +10,8 @@
     masks.py        seeds as streams of random numbers, added to vectors
     primitives.py   keys, derivation and encryption, by the package `cryptography`
     messages.py     what travels
+    vectors.py      the update of a model as vectors, and their mean
+    totals.py       the values of a call of `fl_adapters.sums`
 
 It knows no transport: the caller carries the messages. Sources: Bonawitz et al. 2017, "Practical Secure Aggregation for
 Privacy-Preserving Machine Learning" (masks, shares, consistency check); Bell et al. 2020, "Secure Single-Server

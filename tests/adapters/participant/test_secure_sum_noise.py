@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fl_runtime.errors import ConfigError
 from fl_runtime.filters.base import FilterHost
 from fl_runtime.filters.gaussian import GaussianDP
 from fl_runtime.secure_sum.context import noise_sharers
+from fl_runtime.types import Task, Update
 
 SITES, SIZE, CLIP, NOISE, ROUNDS = 5, 200_000, 0.5, 1.5, 2
 EQUAL = "fedavg:weights=equal"
@@ -81,6 +83,38 @@ def test_shares_that_would_be_too_little_are_refused_when_the_job_is_made(settin
 def test_a_site_adds_no_share_that_the_others_need_not_complete(host: FilterHost) -> None:
     with pytest.raises(ConfigError, match="distributed"):
         GaussianDP(noise_multiplier=1.0, distributed=True).open(host)
+
+
+class Weighting:
+    """Stands in for a site's connection to a server that weights the site otherwise than the job says."""
+
+    def __init__(self, client: Any, words: dict[str, Any]) -> None:
+        self._client, self._words = client, words
+
+    def next_task(self) -> Task:
+        task: Task = self._client.next_task()
+        if "secure_sum" not in task.config:
+            return task
+        return replace(task, config={**task.config, "secure_sum": {**task.config["secure_sum"], **self._words}})
+
+    def submit(self, update: Update) -> str:
+        return str(self._client.submit(update))
+
+
+@pytest.mark.parametrize("words", [{"factor": 2.0}, {"factor": 1e-3}, {"equal": False}, {"equal": "yes"}])
+def test_a_site_that_adds_a_share_masks_nothing_for_a_server_that_weights_it(words: dict[str, Any]) -> None:
+    def weighted(place: Place) -> None:
+        with fl.connect(kit=place.kit) as site:
+            protocol = site._session._protocol
+            protocol._client = Weighting(protocol._client, words)
+            for task in site.tasks(initial={"w": np.zeros(4, np.float32)}):
+                task.submit({"w": task.arrays["w"]}, num_examples=3)
+
+    settings = {"secure_sum": True, "strategy": EQUAL, "filters": [SHARED], "rejoin_s": 1.0}
+    with LocalFederation(sites=3, rounds=1, **settings) as federation:
+        outcomes = federation.outcomes({place.name: weighted for place in federation.places}, check=False)
+        assert not [event for event in federation.events if event.kind == "update"]
+    assert any("whose noise is divided equally" in str(outcome.error) for outcome in outcomes.values())
 
 
 def test_facts_that_a_filter_hides_leave_masked_too() -> None:
