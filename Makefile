@@ -46,6 +46,7 @@ endef
 # $(call tests,folder): pytest, JOBS files at a time, importing the built wheel (what users get) rather than the source tree.
 # Keras and MONAI load TensorFlow and JAX. They have processes of their own: beside other frameworks' native code, these
 # have crashed. A process that crashes ends its group, since pytest-xdist would wait for ever for the rest of its files.
+# One thread of OpenMP each: with several processes, more threads than cores wait for each other.
 TEST_GROUPS := tests/integrations/keras tests/integrations/monai
 define tests
 	@rm -rf build && mkdir build
@@ -54,7 +55,7 @@ define tests
 	  || { tail -n 20 build/log.txt; exit 1; }
 	@failed=0; for group in "tests $(TEST_GROUPS:%=--ignore=%)" $(TEST_GROUPS); do \
 	  echo "pytest $$group"; \
-	  PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest -n $(JOBS) --dist loadfile \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/installed $(1)/bin/python -P -m pytest -n $(JOBS) --dist loadfile \
 	    --no-loadscope-reorder --max-worker-restart=0 $(ARGS) $$group || { [ $$? = 5 ] || failed=1; }; \
 	done; exit $$failed  # 5: no test of this group has been chosen
 endef

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import shutil
 import sys
@@ -17,7 +18,8 @@ from typing import Literal, Protocol
 from fl_adapters.environments.listeners import RunTracker
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
-from fl_adapters.environments.processes import SiteProcesses, describe_status
+from fl_adapters.environments.processes import SiteProcesses, describe_status, thread_settings
+from fl_adapters.environments.processes.forked_processes import ForkedProcesses
 from fl_adapters.environments.report import heatmap, write_report
 from fl_adapters.environments.report.notebook import NotebookView
 from fl_adapters.environments.starting.site_data import DataOfSites, names_of
@@ -225,9 +227,23 @@ def starting_event(run: LocalRun, command: Sequence[str], *, virtual: bool = Fal
 
 
 @contextmanager
-def site_processes(server: JobServer, run: LocalRun) -> Iterator[SiteProcesses]:
-    """Give site processes to this block; none survives it. Ctrl-C asks them to end, a second Ctrl-C kills them."""
-    processes = SiteProcesses()
+def site_processes(
+    server: JobServer, run: LocalRun, command: Sequence[str], *, gpus: Sequence[str | int] = ()
+) -> Iterator[SiteProcesses]:
+    """Give site processes to this block; none survives it. Ctrl-C asks them to end, a second Ctrl-C kills them.
+
+    Args:
+        server: The job's server.
+        run: The run.
+        command: The command line of every site.
+        gpus: CUDA devices of the sites. With them each site's process begins by itself, since imports may ask CUDA for
+            its devices, of which a process sees those that its environment names when it asks first.
+    """
+    sites = len(run.settings.sites)
+    alone = gpus or sites < 2
+    processes = SiteProcesses(
+        forked=None if alone else ForkedProcesses.of(command, {**thread_settings(sites), **os.environ})
+    )
     try:
         yield processes
     except KeyboardInterrupt:

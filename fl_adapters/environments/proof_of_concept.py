@@ -112,7 +112,7 @@ class ProofOfConcept(LocalEnvironment):
             with _server(kits, folder) as control:
                 tell(starting_event(run, command))
                 remote = RemoteJob(control, job, tell, _PATIENCE_S)
-                with site_processes(remote, run) as processes:
+                with site_processes(remote, run, command, gpus=self.gpus) as processes:
                     self._start_sites(processes, command, run, kits)
                     exits = follow(remote, processes, run)
                     return make_result(remote, run, exits, began)

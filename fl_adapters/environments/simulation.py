@@ -190,7 +190,10 @@ class Simulation(LocalEnvironment):
         if virtual:
             virtual.check(job, run.settings)
             return virtual.run(job, run, began, places)
-        with _server(run, self.port, self.share) as (server, tokens, address), site_processes(server, run) as processes:
+        with (
+            _server(run, self.port, self.share) as (server, tokens, address),
+            site_processes(server, run, command, gpus=self.gpus) as processes,
+        ):
             run.tell(starting_event(run, command))
             self._start_sites(processes, command, run, places, tokens, address)
             exits = follow(server, processes, run)

@@ -10,8 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fl_adapters.environments.processes import orphans
+from fl_adapters.environments.processes.forked_processes import ForkedProcesses
 from fl_adapters.environments.processes.interrupts import interrupts_held
 from fl_adapters.environments.processes.reaper import Reaper
 from fl_adapters.participant.kit import KIT_VARIABLE
@@ -26,13 +28,32 @@ _THREADS = (
 )
 
 
+class Process(Protocol):
+    """The part of `subprocess.Popen` that a site's process needs."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the process runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; raises subprocess.TimeoutExpired after `timeout` seconds."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask the process to end."""
+        ...
+
+
 @dataclass
 class SiteProcess:
     """One site's process, with all that is needed to start it again. `log` receives its stdout and stderr."""
 
     site: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: Process
     command: Sequence[str]
     environment: Mapping[str, str]
     descriptors: Sequence[int] = ()
@@ -46,12 +67,17 @@ class SiteProcesses:
     Args:
         descriptors: Open file descriptors that the helper process inherits, such as that of a lock, which is then held
             until all processes are gone.
+        forked: What forks the processes, all of one script; None starts each with a Python of its own. Closed by
+            `close`.
     """
 
-    def __init__(self, descriptors: Sequence[int] = ()) -> None:
+    def __init__(self, descriptors: Sequence[int] = (), forked: ForkedProcesses | None = None) -> None:
         self._running: dict[str, SiteProcess] = {}
         self._over: dict[str, SiteProcess] = {}
+        self._forked = forked
         self._reaper = Reaper(descriptors)
+        if forked is not None:
+            self._reaper.add(forked.pid)
 
     def start(
         self,
@@ -89,17 +115,9 @@ class SiteProcesses:
         log: Path,
         descriptors: Sequence[int],
     ) -> None:
-        with interrupts_held(), open(log, "ab") as output:  # a restarted or resumed site keeps its earlier output
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=_POSIX,
-                pass_fds=descriptors,
-                creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
-            )
+        forked = self._forked.start(command, environment, log) if self._forked is not None else None
+        with interrupts_held():
+            process = forked or _started(command, environment, log, descriptors)
             self._running[site] = SiteProcess(site, log, process, command, environment, descriptors)
             self._reaper.add(process.pid)
 
@@ -114,12 +132,14 @@ class SiteProcesses:
 
     def ended(self) -> list[tuple[str, int]]:
         """(site, exit status) of the processes that ended since the last call. Status -N is death by signal N."""
-        over = [item for item in self._running.values() if item.process.poll() is not None]
-        for item in over:
-            self._over[item.site] = self._running.pop(item.site)
-            _signal_group(item.process, kill=True)  # its remaining children, such as data loader workers
-            self._reaper.remove(item.process.pid)
-        return [(item.site, item.process.returncode) for item in over]
+        over: list[tuple[str, int]] = []
+        for site, item in list(self._running.items()):
+            if (status := item.process.poll()) is not None:
+                over.append((site, status))
+                self._over[site] = self._running.pop(site)
+                _signal_group(item.process, kill=True)  # its remaining children, such as data loader workers
+                self._reaper.remove(item.process.pid)
+        return over
 
     def stop(self, grace_s: float) -> None:
         """Ask all processes to end, and kill those that still run after `grace_s` seconds.
@@ -147,7 +167,26 @@ class SiteProcesses:
     def close(self) -> None:
         """Kill all remaining processes, then end the helper process."""
         self.stop(grace_s=0.0)
+        if self._forked is not None:
+            self._forked.close()
+            self._reaper.remove(self._forked.pid)
         self._reaper.close()
+
+
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, descriptors: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    with open(log, "ab") as output:  # a restarted or resumed site keeps its earlier output
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=_POSIX,
+            pass_fds=descriptors,
+            creationflags=0 if _POSIX else subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined,unused-ignore]
+        )
 
 
 def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[str, str]:
@@ -211,7 +250,7 @@ def describe_status(status: int) -> str:
     return f"killed by {name}{hint}"
 
 
-def _signal_group(process: subprocess.Popen[bytes], *, kill: bool) -> None:
+def _signal_group(process: Process, *, kill: bool) -> None:
     """Signal a process and all of its children that stayed in its process group."""
     if _POSIX:
         orphans.send([process.pid], signal.SIGKILL if kill else signal.SIGTERM)
