@@ -22,11 +22,16 @@ import tempfile
 import types
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _CHUNK_BYTES = 2**16
 _WITH_THREADS = ("jax", "tensorflow")
+_OURS = (__file__, "<frozen importlib", "<frozen runpy")  # files of the first lines of a traceback
 
 
 def main() -> None:
@@ -53,11 +58,15 @@ def main() -> None:
 
 
 def _import(first: dict[str, Any]) -> None:
-    """Run the imports as a script in that folder would. A site's own script meets, and reports, what fails here."""
+    """Import modules and names as a script in that folder would. The script itself meets, and reports, what fails."""
     if not sys.flags.safe_path:
         sys.path[0] = first["path"]
     with suppress(Exception, SystemExit):
-        exec(first["imports"], {"__name__": "__main__"})
+        for module, names in first["imports"]:
+            loaded = import_module(module)
+            for name in names:
+                if not hasattr(loaded, name):  # packages such as transformers load a name when it is asked for
+                    import_module(f"{module}.{name}")
     gc.collect()
     gc.freeze()  # else the first collection of each site would write to, and so copy, every page of these modules
 
@@ -116,6 +125,13 @@ def _become(order: dict[str, Any], printed: BinaryIO) -> None:
         random.seed()
 
 
+class _Script(SourceFileLoader):
+    """Loads a file as `python FILE` does, without leaving its code in a cache."""
+
+    def set_data(self, path: str, data: ReadableBuffer, *, _mode: int = 0o666) -> None:
+        """Do nothing."""
+
+
 def _run(command: list[str], module: bool) -> None:
     """Run a script or a module as `python` does. An error is printed without the lines of this file."""
     try:
@@ -125,13 +141,11 @@ def _run(command: list[str], module: bool) -> None:
         else:
             sys.argv = list(command)
             path = os.path.abspath(command[0])
-            with open(path, "rb") as file:
-                source = file.read()
-            main_module = types.ModuleType("__main__")
-            loader = SourceFileLoader("__main__", path)
-            main_module.__dict__.update(__file__=path, __loader__=loader, __cached__=None)
-            sys.modules["__main__"] = main_module
-            exec(compile(source, path, "exec", dont_inherit=True), main_module.__dict__)
+            script = types.ModuleType("__main__")
+            loader = _Script("__main__", path)
+            script.__dict__.update(__file__=path, __loader__=loader, __cached__=None)
+            sys.modules["__main__"] = script
+            loader.exec_module(script)
     except Exception as error:
         trace = _of_script(error.__traceback__)
         sys.excepthook(type(error), error.with_traceback(trace), trace)
@@ -139,7 +153,8 @@ def _run(command: list[str], module: bool) -> None:
 
 
 def _of_script(trace: types.TracebackType | None) -> types.TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+    """The part of a traceback that begins in the script."""
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
         trace = trace.tb_next
     return trace
 

@@ -68,7 +68,7 @@ class ForkedProcesses:
     """Forks the processes of one script's sites. Use it from one thread, with `SiteProcesses`, which ends them.
 
     Args:
-        imports: Import statements that the script begins with.
+        imports: What the script imports first.
         path: First folder of the module search path, as Python gives it to the script.
         environment: Environment variables that all of the processes have in common.
 
@@ -76,7 +76,7 @@ class ForkedProcesses:
         OSError: The process that forks cannot be started.
     """
 
-    def __init__(self, imports: str, path: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, imports: leading_imports.Imports, path: str, environment: Mapping[str, str]) -> None:
         self._link, theirs = socket.socketpair()
         with theirs, interrupts_held():
             self._server = subprocess.Popen(
@@ -135,6 +135,7 @@ class ForkedProcesses:
         """
         while not self._ready and not self._over:
             self.receive(None)
+        log.touch()  # there from the beginning, as it is for a process that is started by itself
         module = command[1] == "-m"
         order = {
             "script": list(command[2:] if module else command[1:]),

@@ -1,4 +1,7 @@
-"""What a script imports before it does anything else, as far as all its processes may share the work."""
+"""What a script imports before it does anything else, as far as all its processes may share the work.
+
+An import is a pair: the module, and the names that are taken from it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import ast
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
+
+Imports: TypeAlias = list[tuple[str, list[str]]]
 
 # Importing these touches no GPU, and starts no thread that a fork would lose. TensorFlow and JAX start some, and Keras
 # and MONAI load them where they are installed.
@@ -18,8 +24,8 @@ _OWN_ALONE = ("fl_adapters.keras", "fl_adapters.monai")
 _JOINING = ("fl_adapters.loop", "fl_runtime.transport.grpc")  # what every site loads when it joins
 
 
-def of_script(path: Path) -> str:
-    """Return the import statements that a script begins with.
+def of_script(path: Path) -> Imports:
+    """Return the imports that a script begins with.
 
     They end before the first statement that is no import, and before the first module that is neither of the standard
     library nor one of the known packages: a script that sets an environment variable, or imports a module of its own,
@@ -29,49 +35,46 @@ def of_script(path: Path) -> str:
         path: The script.
 
     Returns:
-        The statements as source; "" if there is nothing in them that takes long, or the script cannot be read.
+        The imports in their order; none if nothing in them takes long, or the script cannot be read.
     """
     try:
         statements = ast.parse(path.read_bytes()).body
     except (OSError, SyntaxError, ValueError):  # the script's own process says so
-        return ""
-    leading: list[ast.stmt] = []
+        return []
+    found: Imports = []
     for number, statement in enumerate(statements):
         if number == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # the docstring
-        if not isinstance(statement, (ast.Import, ast.ImportFrom)) or not all(map(_may_share, _modules(statement))):
+        imports = _imports(statement)
+        if not imports or not all(_may_share(module, names) for module, names in imports):
             break
-        if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
-            leading.append(statement)
-    packages = {_package(name) for statement in leading for name in _modules(statement)}
+        found.extend(imports)
+    packages = {_package(module) for module, _ in found}
     if packages.isdisjoint(_SHARED):
-        return ""
-    joining = [f"import {name}" for name in _JOINING if "fl_adapters" in packages]
-    return "\n".join([*map(ast.unparse, leading), *joining])
+        return []
+    return [*found, *((name, []) for name in _JOINING if "fl_adapters" in packages)]
 
 
-def of_module(name: str) -> str:
-    """Return the import statements that `python -m name` begins with; "" for any module but our own."""
-    if _package(name) != "fl_adapters" or not _may_share(name):
-        return ""
+def of_module(name: str) -> Imports:
+    """Return the imports that `python -m name` begins with; none for any module but our own."""
+    if _package(name) != "fl_adapters" or not _may_share(name, []):
+        return []
     spec = find_spec(name)
     folders = spec.submodule_search_locations if spec is not None else None
-    if not folders:
-        return ""
-    return "\n".join([f"import {name}", of_script(Path(folders[0], "__main__.py"))])
+    return [(name, []), *of_script(Path(folders[0], "__main__.py"))] if folders else []
 
 
-def _modules(statement: ast.stmt) -> list[str]:
-    """Modules that an import statement may load. A relative import is "", which belongs to no package."""
+def _imports(statement: ast.stmt) -> Imports:
+    """The imports of a statement; none if it is no import, or one of the script's own package."""
     if isinstance(statement, ast.Import):
-        return [alias.name for alias in statement.names]
-    if not isinstance(statement, ast.ImportFrom) or statement.level or statement.module is None:
-        return [""]
-    return [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
+        return [(alias.name, []) for alias in statement.names]
+    if isinstance(statement, ast.ImportFrom) and not statement.level and statement.module is not None:
+        return [(statement.module, [alias.name for alias in statement.names if alias.name != "*"])]
+    return []
 
 
-def _may_share(module: str) -> bool:
-    if module.startswith(_OWN_ALONE):
+def _may_share(module: str, names: list[str]) -> bool:
+    if any(name.startswith(_OWN_ALONE) for name in (module, *(f"{module}.{name}" for name in names))):
         return False
     return _package(module) in _SHARED or _package(module) in sys.stdlib_module_names
 
