@@ -129,7 +129,7 @@ class _Script(SourceFileLoader):
     """Loads a file as `python FILE` does, without leaving its code in a cache."""
 
     def set_data(self, path: str, data: ReadableBuffer, *, _mode: int = 0o666) -> None:
-        """Do nothing."""
+        """Write no file of compiled code."""
 
 
 def _run(command: list[str], module: bool) -> None:
