@@ -6,6 +6,7 @@ The blocks of a page run in their order and in one namespace, as a reader would 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -177,3 +178,14 @@ def test_every_entry_stands_for_a_block() -> None:
     assert {owner_of(block) for block in BLOCKS} - {""} == set(ELSEWHERE.values())
     for page, begin in ELSEWHERE:
         assert any(block.page == page and block.text.startswith(begin) for block in BLOCKS), (page, begin)
+
+
+def test_the_events_of_a_run_are_on_the_page_of_results(run: SimulationResult) -> None:
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    told = {
+        row[0]: row[1] for row in re.findall(r"^\| (.*?) \|.*\| (.*?) \|$", page.partition("## events.jsonl")[2], re.M)
+    }
+    for line in (run.folder / "events.jsonl").read_text("utf-8").splitlines():
+        event = json.loads(line)
+        fields_of = next(named for kinds, named in told.items() if f"`{event['kind']}`" in kinds)
+        assert set(event["data"]) <= set(re.findall(r"`(\w+)`", fields_of)), event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from dataclasses import fields
@@ -12,6 +13,8 @@ import typer
 from fl_adapters.cli.app import app
 from fl_adapters.job import Job
 from fl_adapters.participant.options import Options
+from fl_runtime.server.records.history import COLUMNS
+from fl_runtime.types import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,3 +56,33 @@ def test_the_page_of_the_installation_has_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     text = (ROOT / "docs/install.md").read_text("utf-8")
     assert set(re.findall(r"`\[([\w-]+)\]`", text)) == set(extras)
+
+
+def test_the_page_of_results_has_every_column_of_the_history() -> None:
+    named = [name for row in rows("docs/results.md", "## history.csv") for name in re.findall(r"`(\w+)`", row[0])]
+    assert named == [*COLUMNS, "filters"]
+
+
+def emitted() -> dict[str, set[str]]:
+    """Kinds of the events that the server emits with a name in the code -> the fields that are named there."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "fl_runtime").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            emits = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "emit" and bool(node.args)
+            if isinstance(node, ast.Call) and emits and isinstance(node.args[0], ast.Constant):
+                names = {keyword.arg for keyword in node.keywords if keyword.arg}
+                found.setdefault(str(node.args[0].value), set()).update(names - {"round", "site"})
+    return found
+
+
+def test_the_page_of_results_has_every_kind_of_event_and_its_fields() -> None:
+    told = {
+        kind: set(re.findall(r"`(\w+)`", row[2]))
+        for row in rows("docs/results.md", "## events.jsonl")
+        for kind in re.findall(r"`(\w+)`", row[0])
+    }
+    passing = {"steps", "starting", "restarted", "exited"}  # for the screen; never in the file
+    known = set(re.findall(r'"(\w+)"', (Event.__doc__ or "").replace('"kept", "same"', "").replace('"different"', "")))
+    assert set(told) == known - passing
+    for kind, names in emitted().items():
+        assert kind in passing or names <= told[kind], f"docs/results.md: {kind} has {names - told[kind]} too"
