@@ -30,6 +30,7 @@ from fl_adapters.participant.identity import Site
 from fl_adapters.participant.local_result import LocalResult
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import open_session
+from fl_adapters.participant.results import Export
 from fl_adapters.participant.session import Session
 from fl_runtime.aggregation.sums.call import (
     MAX_BYTES,
@@ -133,6 +134,7 @@ class Sums:
         self._replay = Replay(None)
         self._task: Task | None = None
         self._in_block = False
+        self._export: Export | None = None
 
     def __enter__(self) -> Sums:
         if self._in_block:
@@ -240,6 +242,16 @@ class Sums:
             return self._masked_union(own)
         return list(self._exchange(Call("union"), np.empty(0), {TEXTS: pack_texts(own)}, own).texts)
 
+    def leave_model(self, export: Export) -> None:
+        """Let the run end with a model that this script has made of the sums, the same at all sites.
+
+        In a simulation one site writes it to runs/<job>/model, in a federation each site to its own folder of the job.
+
+        Args:
+            export: Writes the model to the folder that it gets. It is called when the block is left.
+        """
+        self._export = export
+
     @property
     def _masked(self) -> bool:
         """Whether the values leave this site masked, so that the server sees the totals alone."""
@@ -327,7 +339,7 @@ class Sums:
                     where=f"call {number} of {self.site.name}",
                     fix="let the script make the same calls whenever it is started",
                 )
-        session.finish(has_model=False)
+        session.finish(self._export, has_model=self._export is not None)
 
     def _current(self) -> Task:
         return cast(Task, self._task)

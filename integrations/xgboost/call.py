@@ -18,8 +18,8 @@ from fl_runtime.aggregation.trees.document import TreeModel
 from fl_runtime.errors import ConfigError
 from fl_runtime.wire.names import Names, names_of
 
-Mode = Literal["bagging", "cyclic", "histogram"]
-MODES = ("bagging", "cyclic", "histogram")
+Mode = Literal["bagging", "cyclic", "histogram", "levelwise"]
+MODES = ("bagging", "cyclic", "histogram", "levelwise")
 _ALIASES = {"eta": "learning_rate", "gamma": "min_split_loss", "lambda": "reg_lambda", "alpha": "reg_alpha"}
 _DEFAULTS: dict[str, Any] = {
     "booster": "gbtree",

@@ -30,7 +30,7 @@ def rows_of(data: xgboost.DMatrix) -> dict[str, Array]:
     if isinstance(data, xgboost.QuantileDMatrix):
         raise ConfigError(
             "a QuantileDMatrix has bins of its own, and no values to put into the bins of all sites",
-            where='train(mode="histogram")',
+            where="train(...): dtrain",
             fix="pass a plain xgboost.DMatrix",
         )
     sparse = data.get_data()

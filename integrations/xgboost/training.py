@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import xgboost
 
+from fl_adapters.participant.kit import current_kit
 from fl_adapters.participant.options import Options
 from fl_adapters.participant.registry import leaving_on_error, open_session
 from fl_adapters.participant.session import Session
@@ -32,7 +33,7 @@ def train(
     callbacks: Sequence[xgboost.callback.TrainingCallback] | None = None,
     custom_metric: Callable[..., Any] | None = None,
     *,
-    mode: Literal["bagging", "cyclic", "histogram"] = "bagging",
+    mode: Literal["bagging", "cyclic", "histogram", "levelwise"] = "bagging",
     kit: str | None = None,
     every: str | int | None = None,
     evaluate_global: bool | None = None,
@@ -66,7 +67,8 @@ def train(
         callbacks: Callbacks of XGBoost. `EarlyStopping` stops all sites together.
         custom_metric: Custom metric.
         mode: "bagging" (the new trees of all sites, each weighted by the site's share of the examples), "cyclic" (the
-            model goes round the sites), or "histogram" (the trees that training on all rows together would grow).
+            model goes round the sites), "histogram" (the trees that training on all rows together would grow, summed in
+            a ring of the sites), or "levelwise" (the same from sums over the sites, one for each level of a tree).
         kit: Folder of this site's startup kit. Default: `$FL_ADAPTERS_KIT`, which `fl-adapters run` and
             `fl-adapters simulate` set.
         every: Boosting rounds between two exchanges; "epoch" is one. Default: the job's, else "epoch".
@@ -78,8 +80,8 @@ def train(
             adds lists that it cannot see, such as `{"labels": ["cat", "dog"]}`. Default: yes.
         mask_statistics: Whether updates leave out the statistics of each node, `sum_hessian` and gains (bagging and
             cyclic).
-        quantile_rows: Fewest rows that a point of this site's quantile summary may stand for (histogram); see
-            docs/xgboost.md.
+        quantile_rows: Fewest rows that a point of this site's quantile summary may stand for (histogram), or that a
+            cell of values must hold at all sites to be divided (levelwise); see docs/xgboost.md.
         quantile_noise: Random shift of these points, as a share of the distance to their neighbours (histogram).
         collective_timeout_s: Seconds for which a silent site is waited for in the middle of a tree (histogram).
         exchange: Only None, "auto" or "all": a model of trees always travels whole.
@@ -113,22 +115,6 @@ def train(
         raise ConfigError(f"mode={mode!r} is not known", where="train", fix=f"give one of {', '.join(MODES)}")
     check_options(options)
     booster_params = checked_params(params)
-    session = open_session(options, framework=FRAMEWORK, fresh=True)
-    if session is None:
-        return xgboost.train(
-            booster_params,
-            dtrain,
-            num_boost_round,
-            evals=evals,
-            obj=obj,
-            maximize=maximize,
-            early_stopping_rounds=early_stopping_rounds,
-            evals_result=evals_result,
-            verbose_eval=verbose_eval,
-            xgb_model=xgb_model,
-            callbacks=callbacks,
-            custom_metric=custom_metric,
-        )
     all_callbacks = list(callbacks or ())
     if verbose_eval and evals:
         all_callbacks.append(xgboost.callback.EvaluationMonitor(period=int(verbose_eval)))
@@ -147,6 +133,27 @@ def train(
         options=options,
     )
     log: Log = {}
+    if mode == "levelwise" and current_kit(kit) is not None:
+        booster = _levelwise(call, log, quantile_rows)
+        if evals_result is not None:
+            evals_result.update(log)
+        return booster
+    session = open_session(options, framework=FRAMEWORK, fresh=True)
+    if session is None:
+        return xgboost.train(
+            booster_params,
+            dtrain,
+            num_boost_round,
+            evals=evals,
+            obj=obj,
+            maximize=maximize,
+            early_stopping_rounds=early_stopping_rounds,
+            evals_result=evals_result,
+            verbose_eval=verbose_eval,
+            xgb_model=xgb_model,
+            callbacks=callbacks,
+            custom_metric=custom_metric,
+        )
     with leaving_on_error(session.leave):
         grower: boosting.Grower = boosting.OwnTrees(call)
         if mode == "histogram":
@@ -158,6 +165,12 @@ def train(
     if evals_result is not None:
         evals_result.update(log)
     return booster
+
+
+def _levelwise(call: TrainCall, log: Log, quantile_rows: int) -> xgboost.Booster:
+    from .levelwise import training
+
+    return training.train(call, log, quantile_rows)
 
 
 def _joint_trees(
