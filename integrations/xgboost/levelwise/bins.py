@@ -16,6 +16,8 @@ from fl_runtime.types import Array
 _KEY_BITS = 32
 _FIRST_BITS = 12
 """Sign, exponent and three binary digits of a value: what the first counts tell apart."""
+_NEXT_BITS = 6
+"""Further digits that each later count tells apart, at most."""
 _MOST_COUNTS = 1 << 18
 """Most numbers in one sum."""
 _CELLS_PER_BIN = 4
@@ -104,7 +106,7 @@ def agree_on_bins(federation: Summing, columns: Sequence[Array], max_bin: int, m
         owners = np.broadcast_to(owner[:, None], counts.shape)
         done.append((owners[ended], edges[:, :-1][ended], counts[ended]))
         owner, first = owners[large], edges[:, :-1][large]
-        step = int(np.clip(np.log2(_MOST_COUNTS / max(len(owner), 1)), 1, _KEY_BITS - known)) if len(owner) else 0
+        step = int(np.clip(np.log2(_MOST_COUNTS / max(len(owner), 1)), 1, min(_NEXT_BITS, _KEY_BITS - known or 1)))
     return Bins(tuple(_chosen(cells, max_bin) for cells in _by_feature(done, len(own))))
 
 

@@ -55,9 +55,10 @@ class Regularisation:
             if self.gain_from_weights:
                 weight = self.weight(sums).astype(np.float64)
                 lasso = 2 * _float32(self.reg_alpha) * np.abs(weight)
-                gain = (-(2 * gradients * weight + penalised * np.square(weight) + lasso)).astype(np.float32)
+                gain = (-(2 * gradients * weight + penalised * weight * weight + lasso)).astype(np.float32)
             else:
-                gain = np.square(self._shrunk(gradients)).astype(np.float32) / penalised.astype(np.float32)
+                shrunk = self._shrunk(gradients)
+                gain = (shrunk * shrunk).astype(np.float32) / penalised.astype(np.float32)
         return np.where(hessians > 0, gain, np.float32(0))
 
     def weight(self, sums: Array) -> Array:
