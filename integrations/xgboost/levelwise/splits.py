@@ -53,9 +53,10 @@ class Regularisation:
         penalised = hessians + _float32(self.reg_lambda)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if self.gain_from_weights:
-                weight = self.weight(sums).astype(np.float64)
-                lasso = 2 * _float32(self.reg_alpha) * np.abs(weight)
-                gain = (-(2 * gradients * weight + penalised * weight * weight + lasso)).astype(np.float32)
+                weight = self.weight(sums)
+                square, wide = (weight * weight).astype(np.float64), weight.astype(np.float64)
+                lasso = 2 * _float32(self.reg_alpha) * np.abs(wide)
+                gain = (-(2 * gradients * wide + penalised * square + lasso)).astype(np.float32)
             else:
                 shrunk = self._shrunk(gradients)
                 gain = (shrunk * shrunk).astype(np.float32) / penalised.astype(np.float32)
