@@ -16,7 +16,7 @@ from fl_adapters import ConfigError, HandshakeError, StateMismatchError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedXGBClassifier, train
 
-ROUNDS = 8
+ROUNDS = 6
 PARAMS: dict[str, Any] = {"max_depth": 4, "eta": 0.4, "nthread": 1, "tree_method": "hist", "max_bin": 64}
 BINARY = {**PARAMS, "objective": "binary:logistic", "eval_metric": ["auc", "logloss"]}
 FIT, TEST = slice(None, None, 2), slice(1, None, 2)
@@ -142,6 +142,20 @@ def test_a_schedule_that_differs_is_noticed_at_the_end() -> None:
 
     with LocalFederation(sites=2) as federation, pytest.raises(StateMismatchError, match="different trees"):
         federation.run(site)
+
+
+def test_masked_sums_grow_the_same_trees() -> None:
+    def site(place: Any) -> bytes:
+        params = {**PARAMS, "objective": "binary:logistic", "max_depth": 3, "max_bin": 16}
+        data = d.matrix(place.index, "binary:logistic")
+        return bytes(train(params, data, 2, mode="levelwise", kit=place.kit).save_raw("ubj"))
+
+    models = []
+    for secure_sum in (False, True):
+        with LocalFederation(sites=3, secure_sum=secure_sum) as federation:
+            models += federation.run(site).values()
+            federation.result()
+    assert len(models) == 6 and len(set(models)) == 1
 
 
 def test_an_estimator_grows_the_same_trees() -> None:
