@@ -56,7 +56,7 @@ class Regularisation:
                 weight = self.weight(sums)
                 square, wide = (weight * weight).astype(np.float64), weight.astype(np.float64)
                 lasso = 2 * _float32(self.reg_alpha) * np.abs(wide)
-                gain = (-(2 * gradients * wide + penalised * square + lasso)).astype(np.float32)
+                gain: Array = (-(2 * gradients * wide + penalised * square + lasso)).astype(np.float32)
             else:
                 shrunk = self._shrunk(gradients)
                 gain = (shrunk * shrunk).astype(np.float32) / penalised.astype(np.float32)
