@@ -13,7 +13,7 @@ CHAOS_FAULTS ?= 500
 JOBS ?= 2
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/watched_exchange.py benchmarks/hook_cost.py benchmarks/sum_calls.py \
-	benchmarks/accuracy.py benchmarks/xgboost_tunnel.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py benchmarks/membership.py \
+	benchmarks/accuracy.py benchmarks/xgboost_tunnel.py benchmarks/xgboost_levelwise.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py benchmarks/membership.py \
 	benchmarks/cost_attacks.py benchmarks/secure_sum_cost.py
 PROJECT := -e '.[hf,torch,lightning,keras,monai,xgboost-cpu,sklearn,statistics,trust,dp,he,failover,metrics,dashboard,mlflow,wandb,examples,dev]'
 
