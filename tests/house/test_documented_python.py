@@ -174,6 +174,14 @@ def test_a_block_that_does_not_run_here_has_a_test_and_arguments_that_there_are(
             assert {keyword.arg for keyword in node.keywords} <= shared, block.place
 
 
+@pytest.mark.parametrize("block", blocks("py"), ids=lambda block: block.place)
+def test_code_for_another_framework_is_marked_as_py_and_on_its_page(block: Block) -> None:
+    """It cannot run here, since the framework is not installed. benchmarks/peers makes the same calls where it is."""
+    other = {"from-flare.md": "nvflare", "from-flower.md": "flwr"}[block.page]
+    imported = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert any(other in ast.unparse(node) for node in imported) and "fl_adapters" not in block.text
+
+
 def test_every_entry_stands_for_a_block() -> None:
     assert {owner_of(block) for block in BLOCKS} - {""} == set(ELSEWHERE.values())
     for page, begin in ELSEWHERE:
