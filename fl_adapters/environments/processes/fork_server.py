@@ -24,10 +24,7 @@ import warnings
 from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, BinaryIO
 
 _CHUNK_BYTES = 2**16
 _WITH_THREADS = ("jax", "tensorflow")
@@ -128,7 +125,7 @@ def _become(order: dict[str, Any], printed: BinaryIO) -> None:
 class _Script(SourceFileLoader):
     """Loads a file as `python FILE` does, without leaving its code in a cache."""
 
-    def set_data(self, path: str, data: ReadableBuffer, *, _mode: int = 0o666) -> None:
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
         """Write no file of compiled code."""
 
 
