@@ -9,8 +9,8 @@ PROTOC := .venv-protoc
 FUZZ_S ?= 60
 CHAOS_SEED ?= 0
 CHAOS_FAULTS ?= 500
-# Test files at a time: each needs about a core, and 2 GB where it is one of a training framework.
-JOBS ?= 2
+# Test files at a time: each keeps two thirds of a core busy, and needs up to 3 GB where it is one of a training framework.
+JOBS ?= 3
 TORCH := torch==2.13.0
 BENCHMARKS := benchmarks/bare_exchange.py benchmarks/mtls_exchange.py benchmarks/watched_exchange.py benchmarks/hook_cost.py benchmarks/sum_calls.py \
 	benchmarks/accuracy.py benchmarks/xgboost_tunnel.py benchmarks/xgboost_levelwise.py benchmarks/figure4.py benchmarks/fedbuff.py benchmarks/lora.py benchmarks/membership.py \
