@@ -240,7 +240,11 @@ def test_nothing_that_others_can_fetch_or_follow_tells_the_metrics_of_one_site(s
     assert [n for n in secret if any(re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", text) for text in shown)] == []
     rows = list(csv.DictReader((folder / "history.csv").open()))
     mean = np.average(list(LOSSES.values()), weights=list(EXAMPLES.values()))
-    assert [float(row["loss"]) for row in rows if row["site"] == "global" and row["loss"]] == pytest.approx([mean] * 2)
+    told = [float(row["loss"]) for row in rows if row["site"] == "global" and row["loss"]]
+    if strategy == "fedavg":
+        assert told == pytest.approx([mean] * 2)
+    else:  # a quick site may be in a buffer twice, so the mean is of two sites or of three
+        assert len(told) == 2 and all(min(LOSSES.values()) < loss < max(LOSSES.values()) for loss in told)
     assert {row["num_examples"] for row in rows} == {""}
     events = (folder / "events.jsonl").read_text()
     assert "f1 came from too few sites and is in no result" in events
