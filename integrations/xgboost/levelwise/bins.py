@@ -13,6 +13,8 @@ import numpy.typing as npt
 from fl_adapters.loop.order import Summing
 from fl_runtime.types import Array
 
+from .large_sums import summed
+
 _KEY_BITS = 32
 _FIRST_BITS = 12
 """Sign, exponent and three binary digits of a value: what the first counts tell apart."""
@@ -97,7 +99,7 @@ def agree_on_bins(federation: Summing, columns: Sequence[Array], max_bin: int, m
     while len(owner):
         width = 1 << (_KEY_BITS - known - step)
         edges = first[:, None] + np.arange((1 << step) + 1, dtype=np.uint64) * np.uint64(width)
-        counts = _summed(federation, _counted(own, owner, edges))
+        counts = summed(federation, "counts", _counted(own, owner, edges), _MOST_COUNTS)
         if known == 0:
             limit = np.maximum(counts.sum(axis=1) / (_CELLS_PER_BIN * max_bin), min_rows)
         known += step
@@ -128,13 +130,6 @@ def _counted(own: Sequence[Keys], owner: Array, edges: Array) -> Array:
         cells = owner == feature
         counts[cells] = np.diff(np.searchsorted(keys.astype(np.uint64), edges[cells]), axis=1)
     return counts
-
-
-def _summed(federation: Summing, counts: Array) -> Array:
-    """Sum an array over all sites, in several calls if it is large."""
-    flat = counts.reshape(-1)
-    parts = [flat[at : at + _MOST_COUNTS] for at in range(0, len(flat), _MOST_COUNTS)]
-    return np.concatenate([federation.sum({"counts": part})["counts"] for part in parts]).reshape(counts.shape)
 
 
 def _by_feature(done: Sequence[tuple[Array, Array, Array]], features: int) -> list[tuple[Array, Array]]:

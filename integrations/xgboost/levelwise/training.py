@@ -26,6 +26,7 @@ from ..scores import Evaluation, Log, record
 from .bins import agree_on_bins, columns_of
 from .checks import check, regularisation
 from .grower import Grower, Tree
+from .large_sums import summed
 from .objectives import Objective, Units, objective_of, power_above
 from .scoring import pooled
 
@@ -107,7 +108,9 @@ def _boost(
         penalty = penalty.with_eta(float(learning_rate(booster)))  # a callback may have set another one
         quantised = units.quantised(objective.gradients(margins))
         grower = Grower(bins, placed, penalty, max_depth)
-        trees, values = grower.grow(quantised, units.scales, lambda own: _summed(federation, own))
+        trees, values = grower.grow(
+            quantised, units.scales, lambda own: summed(federation, "histogram", own, _MOST_NUMBERS)
+        )
         margins += values
         units.move(max(max(map(abs, tree.leaves())) for tree in trees))
         model = _extended(model, trees, features)
@@ -123,12 +126,6 @@ def _boost(
     for callback in callbacks:
         booster = callback.after_training(booster)
     return booster
-
-
-def _summed(federation: Federation, own: Array) -> Array:
-    """Sum a vector over all sites, in several calls if it is large."""
-    parts = [own[at : at + _MOST_NUMBERS] for at in range(0, len(own), _MOST_NUMBERS)]
-    return np.concatenate([federation.sum({"histogram": part})["histogram"] for part in parts])
 
 
 def _callbacks(call: TrainCall) -> list[Any]:
