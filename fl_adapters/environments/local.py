@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
 import shutil
 import sys
@@ -18,7 +17,7 @@ from typing import Literal, Protocol
 from fl_adapters.environments.listeners import RunTracker
 from fl_adapters.environments.logs import tail
 from fl_adapters.environments.outcome import SiteExit, run_error
-from fl_adapters.environments.processes import SiteProcesses, describe_status, thread_settings
+from fl_adapters.environments.processes import SiteProcesses, common_environment, describe_status
 from fl_adapters.environments.processes.forked_processes import ForkedProcesses
 from fl_adapters.environments.report import heatmap, write_report
 from fl_adapters.environments.report.notebook import NotebookView
@@ -241,9 +240,7 @@ def site_processes(
     """
     sites = len(run.settings.sites)
     alone = gpus or sites < 2
-    processes = SiteProcesses(
-        forked=None if alone else ForkedProcesses.of(command, {**thread_settings(sites), **os.environ})
-    )
+    processes = SiteProcesses(forked=None if alone else ForkedProcesses.of(command, common_environment(sites)))
     try:
         yield processes
     except KeyboardInterrupt:

@@ -205,7 +205,12 @@ def site_environment(kit: Path, sites: int, port: int, gpu: str | None) -> dict[
     own = {KIT_VARIABLE: str(kit), "MASTER_PORT": str(port), "PET_MASTER_PORT": str(port)}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = gpu
-    return {**thread_settings(sites), **os.environ, **own}
+    return {**common_environment(sites), **own}
+
+
+def common_environment(sites: int) -> dict[str, str]:
+    """The part of `site_environment` that is the same for all of so many sites."""
+    return {**thread_settings(sites), **os.environ}
 
 
 def thread_settings(processes: int) -> dict[str, str]:
