@@ -93,13 +93,11 @@ def train_three_ways(
     return folder, [*alone, Trained("federated", "1/1", Path(summary["model"]), log), central]
 
 
-def keeps_its_promise(scores: Mapping[str, float]) -> bool:
-    """Whether the federation scores within 0.02 of central and above every site alone. Higher scores are better."""
-    return not shortfall(scores)
-
-
 def shortfall(scores: Mapping[str, float]) -> str:
-    """What the federation's score falls short of, as a message; "" if it keeps its promise."""
+    """What the federation's score falls short of, as a message; "" if it keeps its promise.
+
+    That is a score within 0.02 of central and above every site alone. Higher scores are better.
+    """
     federated, central = scores["federated"], scores["central"]
     best = max((name for name in scores if name.endswith("alone")), key=lambda name: scores[name])
     if federated <= scores[best]:
