@@ -97,6 +97,10 @@ demo-xgboost: $(VENV)/.stamp  ## five uneven sites grow trees together in three 
 docs: $(VENV)/.stamp  ## the documentation site, in build/site; a warning is an error
 	@$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/site && echo "build/site/index.html"
 
+.PHONY: man
+man: $(VENV)/.stamp  ## manual pages of all commands, in build/man
+	@$(VENV)/bin/python -m fl_adapters manual --out build/man
+
 .PHONY: test
 test: lint  ## lint, types, and every test against the built wheel (ARGS='-k name' to choose)
 	$(call tests,$(VENV))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import typer
 from sphinx.application import Sphinx
 
 from fl_adapters.cli.app import app as command_line
+from fl_adapters.cli.pages.manual import commands
 from fl_runtime.version import VERSION
 
 project = "fl-adapters"
@@ -44,19 +43,10 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
     folder = _ROOT if page == "readme" else _ROOT / "docs"
     text = (_ROOT / "README.md").read_text(encoding="utf-8") if page == "readme" else source[0]
     if page == "commands":
-        text += "\n".join(_helps(typer.main.get_command(command_line), "fl-adapters", None))
+        found = commands(typer.main.get_command(command_line))
+        text += "\n".join(f"\n## {command.name}\n\n```text\n{command.help}\n```\n" for command in found)
     text = _NO_COLOURS.sub("```text", _ANCHOR.sub(r"[\2]{#\1}", text))
     source[0] = _LINK.sub(lambda found: _inside(folder, found[1], found[2]), text)
-
-
-def _helps(command: Any, name: str, above: Any) -> Iterator[str]:
-    """The help of a command, and of those below it, each below a heading."""
-    context = command.context_class(command, info_name=name.rpartition(" ")[2], parent=above, max_content_width=100)
-    yield f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
-    for part in command.list_commands(context) if hasattr(command, "list_commands") else ():
-        found = command.get_command(context, part)
-        if not found.hidden:
-            yield from _helps(found, f"{name} {part}", context)
 
 
 def _inside(folder: Path, text: str, target: str) -> str:

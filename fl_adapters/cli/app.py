@@ -13,6 +13,7 @@ import typer
 
 from fl_adapters.cli.federation import app as federation_app
 from fl_adapters.cli.job import app as job_app
+from fl_adapters.cli.pages import app as pages_app
 from fl_adapters.cli.privacy import app as privacy_app
 from fl_adapters.cli.scripts.script_command import ScriptCommand
 from fl_adapters.cli.site import app as site_app
@@ -20,7 +21,17 @@ from fl_runtime.version import VERSION
 
 app = typer.Typer(
     name="fl-adapters",
-    help="Federated learning with training scripts that already work.",
+    help="""Turn training scripts that already work into participants in a federation.
+
+    Each command tells more with --help. Tab completes commands and options after --install-completion, and
+    `fl-adapters manual` writes these pages for `man`.
+    """,
+    epilog="""\b
+Examples:
+  fl-adapters new torch tumour                            a script to begin with
+  fl-adapters simulate train.py --sites 3 --rounds 5      a federation on this machine
+  fl-adapters run --kit kits/north -- python train.py     a site of a real one
+  fl-adapters doctor""",
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -80,7 +91,7 @@ def simulate(
         list[str] | None,
         typer.Option(
             help="Where each site's data lie: north=a.csv,south=b.csv, or 'parts/{site}.csv'. Scripts read it as "
-            "fl_adapters.site().data."
+            "fl_adapters.site().data. Default: no site has data of its own."
         ),
     ] = None,
     rounds: Annotated[
@@ -91,12 +102,17 @@ def simulate(
         typer.Option(help="Strategy and its options, such as fedprox:mu=0.1. Default: fedavg."),
     ] = None,
     job: Annotated[
-        Path | None, typer.Option(help="Job file (YAML). Options on the command line replace its fields.")
+        Path | None,
+        typer.Option(help="Job file (YAML). Options on the command line replace its fields. Default: none."),
     ] = None,
-    gpus: Annotated[str, typer.Option(help="CUDA devices for the sites in turn, of the visible ones: 0,1.")] = "",
+    gpus: Annotated[
+        str, typer.Option(help="CUDA devices for the sites in turn: 0,1. Default: the scripts choose.")
+    ] = "",
     every: Annotated[
         str | None,
-        typer.Option(help='Training between exchanges: "epoch", "2 epochs", or a number of optimizer steps.'),
+        typer.Option(
+            help='Training between exchanges: "epoch", "2 epochs", or a number of optimizer steps. Default: epoch.'
+        ),
     ] = None,
     min_sites: Annotated[
         int | None, typer.Option(help="Number of updates that a round needs. Default: one from every site.")
@@ -134,7 +150,9 @@ def simulate(
     ] = None,
     track: Annotated[
         list[str] | None,
-        typer.Option(help="Track the run: mlflow:URI, wandb[:PROJECT], tensorboard[:DIR]. May be given several times."),
+        typer.Option(
+            help="Track the run: mlflow:URI, wandb[:PROJECT], tensorboard[:DIR]. Repeatable. Default: not tracked."
+        ),
     ] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
     as_json: _Json = False,
@@ -192,7 +210,7 @@ def evaluate(
     ],
     truth: Annotated[str, typer.Option(help="Column of the true values.")],
     prediction: Annotated[list[str], typer.Option(help="Column of a model's predictions. May be given several times.")],
-    group: Annotated[list[str] | None, typer.Option(help="Column of subgroups. May be given several times.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="Column of subgroups. Repeatable. Default: none.")] = None,
     sites: Annotated[str, typer.Option(help="Number of sites, or their names: north,south.")] = "3",
     task: Annotated[str, typer.Option(help="classification or regression.")] = "classification",
     scores: Annotated[
@@ -249,7 +267,8 @@ def new(
         Path | None, typer.Argument(metavar="DIR", help="Folder for the files. Made if it does not exist.")
     ] = None,
     script: Annotated[
-        Path | None, typer.Option("--from", help="A script that trains, which gets the lines. It is not run.")
+        Path | None,
+        typer.Option("--from", help="A script that trains, which gets the lines. It is not run. Default: none."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: write without asking.")] = False,
     as_json: _Json = False,
@@ -268,84 +287,7 @@ def new(
     sys.exit(command.run(framework, folder, as_json))
 
 
-@app.command(
-    epilog="""\b
-Examples:
-  fl-adapters report runs/train-1202-101500
-  fl-adapters report runs/train-1202-101500 --out train.html --json"""
-)
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run's folder.")] = None,
-    as_json: _Json = False,
-) -> None:
-    """Write the report of a run: curves, time and bytes, sites, filters and settings, in one HTML file.
-
-    Every run ends with such a report. This command makes it again, or shows where a run stands that has not ended.
-    """
-    from fl_adapters.cli.pages import report as command
-
-    sys.exit(command.report(folder, out, as_json))
-
-
-@app.command(
-    epilog="""\b
-Examples:
-  fl-adapters dashboard
-  fl-adapters dashboard --runs experiments/runs --port 8899 --no-browser
-  fl-adapters dashboard --kit kits/ada      the federation, as this admin may see it
-  fl-adapters dashboard --kit kits/north    the jobs of this site
-  fl-adapters dashboard --project kits      participants, kits and certificates"""
-)
-def dashboard(
-    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder with the folders of runs.")] = Path("runs"),
-    kit: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a startup kit: an admin's, to follow the federation; a site's, for its own jobs."),
-    ] = None,
-    state: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the site daemon's --state, for a site's --kit.")
-    ] = None,
-    project: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of kits and their authority, to make and hand out kits instead."),
-    ] = None,
-    passphrase_file: Annotated[
-        Path | None, typer.Option(help="File with the passphrase of the authority's key, for --project.")
-    ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
-    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
-    as_json: _Json = False,
-) -> None:
-    """Follow runs in the browser: live curves, sites, output, and runs side by side.
-
-    With an admin's kit, follow a federation: its queue, jobs, sites and audit log, with what the admin's role may do.
-
-    The pages are served to this machine alone, at an address that holds a secret. They need no network.
-    """
-    from fl_adapters.cli.pages import dashboard as command
-
-    sys.exit(command.dashboard(runs, kit, state, project, passphrase_file, port, browser, as_json))
-
-
-@app.command(
-    epilog="""\b
-Examples:
-  fl-adapters compare runs/fedavg runs/fedprox
-  fl-adapters compare runs/seed-* --out seeds.html --json"""
-)
-def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of the runs.")],
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("comparison.html"),
-    as_json: _Json = False,
-) -> None:
-    """Compare runs: the settings that differ, the metrics of the best rounds, and a page with their curves.
-
-    Runs that differ in nothing but the job's seed are one curve with a band of one standard deviation.
-    """
-    from fl_adapters.cli.pages import report as command
-
-    sys.exit(command.compare(folders, out, as_json))
+pages_app.add_to(app)
 
 
 @app.command(
@@ -363,7 +305,7 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="Folder for runs, to check its disk.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="TCP port to check; 0 checks none.", min=0, max=65535)] = 0,
     kit: Annotated[
-        Path | None, typer.Option(help="Startup kit to check: its files, certificate, server and clock.")
+        Path | None, typer.Option(help="Startup kit to check: its files, certificate, server and clock. Default: none.")
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -388,7 +330,7 @@ def ckks_key(
     file: Annotated[Path, typer.Argument(help="File to write: ckks.key in a site's startup kit.")],
     job: Annotated[
         Path | None,
-        typer.Option(help="Job file whose filter HomomorphicCKKS has other parameters than the default."),
+        typer.Option(help="Job file whose filter HomomorphicCKKS gives parameters. Default: those of the filter."),
     ] = None,
     as_json: _Json = False,
 ) -> None:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    args = _parser().parse_args(arguments)
+    args = command_parser().parse_args(arguments)
     try:
         if args.kit is not None:
             os.environ[KIT_VARIABLE] = args.kit
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fl-adapters stats",
         description="Describe tables over all sites: counts, means, quantiles, histograms, categories, correlations.",
@@ -85,18 +85,35 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATHS",
-        help="simulate sites with data of their own: north=a.csv,south=b.csv, or 'parts/{site}.csv'",
+        help="simulate sites with data of their own: north=a.csv,south=b.csv, or 'parts/{site}.csv'. Default: none",
     )
-    add("--sites", help="simulate sites of the one source: their number, or names such as north,south")
+    add("--sites", help="simulate sites of the one source: their number, or names such as north,south. Default: none")
     add("--features", type=_list, metavar="NAMES", help="columns, separated by commas. Default: all")
-    add("--categorical", type=_list, default=(), metavar="NAMES", help="columns of numbers that hold categories")
-    add("--bins", type=_bins, default=BINS, help="number of bins of the histograms, or edges such as 0,18,65,120")
-    add("--quantiles", type=_numbers, default=QUANTILES, metavar="LEVELS", help="levels such as 0.25,0.5,0.75")
+    add(
+        "--categorical",
+        type=_list,
+        default=(),
+        metavar="NAMES",
+        help="columns of numbers that hold categories. Default: none",
+    )
+    add(
+        "--bins",
+        type=_bins,
+        default=BINS,
+        help=f"number of bins of the histograms, or edges such as 0,18,65,120. Default: {BINS}",
+    )
+    add(
+        "--quantiles",
+        type=_numbers,
+        default=QUANTILES,
+        metavar="LEVELS",
+        help=f"their levels. Default: {','.join(map(str, QUANTILES))}",
+    )
     add("--no-correlations", dest="correlations", action="store_false", help="leave correlations out")
-    add("--smallest-count", type=int, default=1, metavar="N", help="least number of rows behind any number")
+    add("--smallest-count", type=int, default=1, metavar="N", help="least number of rows behind any number. Default: 1")
     add("--kit", help="startup kit of this site. Default: $FL_ADAPTERS_KIT")
     add("--folder", default="runs", help="folder for simulations. Default: runs")
-    add("--html", type=Path, metavar="FILE", help="write a page of the result to this file")
+    add("--html", type=Path, metavar="FILE", help="write a page of the result to this file. Default: none")
     add("--json", action="store_true", help="print one JSON object as the last line of stdout")
     return parser
 

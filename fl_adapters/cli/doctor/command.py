@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -51,12 +52,27 @@ def run(folder: Path, port: int, kit: Path | None, as_json: bool, script: Path |
 
 
 def _show(checks: list[Check], console: Console, as_json: bool) -> int:
-    problems = [check for check in checks if check.status == "problem"]
+    counts = Counter(check.status for check in checks)
     console.print(_table(checks))
-    console.print(f"problems: {len(problems)}" if problems else "nothing is wrong", highlight=False)
+    console.print(_summary(counts), highlight=False)
     if as_json:
-        show_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
-    return 1 if problems else 0
+        numbers = {"problems": counts["problem"], "notes": counts["note"]}
+        show_json({"ok": not counts["problem"], **numbers, "checks": [asdict(check) for check in checks]})
+    return 1 if counts["problem"] else 0
+
+
+def _summary(counts: Counter[Status]) -> str:
+    """What the checks come to, and what to do about it."""
+
+    def number(status: Status) -> str:
+        return f"{counts[status]} {status}{'' if counts[status] == 1 else 's'}"
+
+    if counts["problem"]:
+        also = f", and {number('note')} to read" if counts["note"] else ""
+        return f'{number("problem")} to mend first{also}: see the column "to do"'
+    if counts["note"]:
+        return f'no problem, and {number("note")}: nothing fails, but read the column "to do" before you rely on a run'
+    return f"no problem and no note in {counts.total()} checks"
 
 
 def _table(checks: list[Check]) -> Table:

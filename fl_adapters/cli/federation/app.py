@@ -23,19 +23,26 @@ _Days = Annotated[
 
 _PasswordFile = Annotated[
     Path | None,
-    typer.Option("--password-file", help="File with the password, of mode 0600. Else $FL_ADAPTERS_PASSWORD."),
+    typer.Option("--password-file", help="File with the password, of mode 0600. Default: $FL_ADAPTERS_PASSWORD."),
 ]
 _NoPassword = Annotated[str, typer.Option("--password", hidden=True)]
 
 cert = typer.Typer(
     name="cert",
     help="Request, sign, install, renew, revoke and list certificates; sign the revocation list.",
+    epilog="\b\nExamples:\n  fl-adapters cert list --authority kits/authority\n"
+    "  fl-adapters cert renew --authority kits/authority",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
 )
 audit = typer.Typer(
-    name="audit", help="Check the audit log.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    name="audit",
+    help="Check an audit log: nobody has edited, removed or moved its lines.",
+    epilog="\b\nExamples:\n  fl-adapters audit verify kits/server --kit kits/server",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 
 
@@ -75,11 +82,16 @@ def provision(
     again: Annotated[
         list[str] | None,
         typer.Option(
-            "--again", metavar="NAME", help="Make a second kit of this participant, and revoke its certificates."
+            "--again",
+            metavar="NAME",
+            help="Make a second kit of this participant, and revoke its certificates. Repeatable. Default: of nobody.",
         ),
     ] = None,
     kit: Annotated[
-        Path | None, typer.Option("--kit", help="Kit of a project admin, to send the list of members to the server.")
+        Path | None,
+        typer.Option(
+            "--kit", help="Project admin's kit, to send the list of members to the server. Default: not sent."
+        ),
     ] = None,
     as_json: _Json = False,
     password: _NoPassword = "",
@@ -127,7 +139,10 @@ def run(
         typer.Argument(metavar="-- COMMAND", help="Training command. Default: that of the policy."),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder for the framework's output and model, laid out as in a simulation.")
+        Path | None,
+        typer.Option(
+            help="Folder for the framework's output and model, as in a simulation. Default: where the command puts it."
+        ),
     ] = None,
     patience_s: Annotated[
         float | None,
@@ -190,7 +205,8 @@ def cert_install(
     ],
     kit: _Kit,
     key: Annotated[
-        Path | None, typer.Option(help="Its private key, if that was made elsewhere, such as by `step ca certificate`.")
+        Path | None,
+        typer.Option(help="Its private key, if made elsewhere, such as by `step ca certificate`. Default: the kit's."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -226,9 +242,11 @@ def cert_renew(
 def cert_revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Participant.")],
     authority: _Authority,
-    kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to tell the server at once.")] = None,
+    kit: Annotated[
+        Path | None, typer.Option(help="Kit of a project admin, to tell the server at once. Default: none.")
+    ] = None,
     certificate: Annotated[
-        Path | None, typer.Option(help="Revoke this certificate of an outside authority, in place of those of ours.")
+        Path | None, typer.Option(help="Revoke this certificate of an outside authority. Default: all of ours.")
     ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
@@ -244,7 +262,9 @@ def cert_revoke(
 
 def cert_crl(
     authority: _Authority,
-    kit: Annotated[Path | None, typer.Option(help="Kit of a project admin, to send the list to the server.")] = None,
+    kit: Annotated[
+        Path | None, typer.Option(help="Kit of a project admin, to send the list to the server. Default: none.")
+    ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: _Json = False,
 ) -> None:
@@ -266,14 +286,19 @@ def cert_list(authority: _Authority, as_json: _Json = False) -> None:
 
 def audit_verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with audit.jsonl.")],
-    kit: Annotated[Path | None, typer.Option(help="Startup kit that must have signed the log.")] = None,
+    kit: Annotated[Path | None, typer.Option(help="Startup kit that must have signed the log. Default: none.")] = None,
     authority: Annotated[
-        Path | None, typer.Option(help="Certificate of the authority whose participant must have signed: ca.pem.")
+        Path | None,
+        typer.Option(help="Certificate of the authority whose participant must have signed: ca.pem. Default: none."),
     ] = None,
-    key: Annotated[Path | None, typer.Option(help="Public key or certificate of the signer, in PEM.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key or certificate of the signer, in PEM. Default: none.")
+    ] = None,
     witness: Annotated[
         list[Path] | None,
-        typer.Option(help="Audit log of another participant, which noted lines of this one. May be repeated."),
+        typer.Option(
+            help="Audit log of another participant, which noted lines of this one. Repeatable. Default: none."
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:

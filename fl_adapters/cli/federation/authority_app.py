@@ -15,17 +15,22 @@ PassphraseFile = Annotated[
     typer.Option(
         "--passphrase-file",
         envvar="FL_ADAPTERS_AUTHORITY_PASSPHRASE_FILE",
-        help="File with the passphrase of the authority's key. Else: $FL_ADAPTERS_AUTHORITY_PASSPHRASE, or a prompt.",
+        help="File with the passphrase of the authority's key. Default: $FL_ADAPTERS_AUTHORITY_PASSPHRASE, else a "
+        "prompt.",
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Authority = Annotated[Path, typer.Option("--authority", help="Folder of the certificate authority.")]
 
-_Admin = Annotated[Path | None, typer.Option("--kit", help="Kit of a project admin, to reach the server.")]
+_Admin = Annotated[
+    Path | None, typer.Option("--kit", help="Kit of a project admin, to reach the server. Default: none.")
+]
 
 authority = typer.Typer(
     name="authority",
     help="Look after the certificate authority: its passphrase, and the change to a new root.",
+    epilog="\b\nExamples:\n  fl-adapters authority status --authority kits/authority --kit kits/ada\n"
+    "  fl-adapters authority rotate --authority kits/authority --kit kits/ada",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -62,7 +67,8 @@ def finish(
     folder: _Authority,
     kit: _Admin = None,
     without: Annotated[
-        list[str] | None, typer.Option("--without", metavar="NAME", help="Participant to leave behind. Repeatable.")
+        list[str] | None,
+        typer.Option("--without", metavar="NAME", help="Participant to leave behind. Repeatable. Default: none."),
     ] = None,
     file: PassphraseFile = None,
     as_json: _Json = False,

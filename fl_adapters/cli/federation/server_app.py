@@ -47,7 +47,10 @@ server = typer.Typer(
 def serve(
     context: typer.Context,
     kit: Annotated[
-        Path | None, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the server's startup kit.")
+        Path | None,
+        typer.Option(
+            "--kit", envvar=KIT_VARIABLE, help="Folder of the server's startup kit. Default: $FL_ADAPTERS_KIT."
+        ),
     ] = None,
     data: _Data = None,
     folder: Annotated[Path | None, typer.Option("--folder", hidden=True, help="Earlier name of --data.")] = None,
@@ -56,7 +59,10 @@ def serve(
         Path | None, typer.Option(help="Job file (YAML) to run, after which the server ends. Default: wait for jobs.")
     ] = None,
     syslog: Annotated[
-        str, typer.Option(help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT.")
+        str,
+        typer.Option(
+            help="Syslog server for the audit log: udp://, tcp:// or tls://HOST:PORT. Default: the kit's, else none."
+        ),
     ] = "",
     metrics: Annotated[
         str,
@@ -66,13 +72,15 @@ def serve(
     ] = "",
     store: Annotated[
         Path | None,
-        typer.Option(help="File (YAML) with `database` and `tensors` that several servers share; one serves."),
+        typer.Option(
+            help="File (YAML) with `database` and `tensors` that several servers share; one serves. Default: none."
+        ),
     ] = None,
     track: Annotated[
         list[str] | None,
         typer.Option(
-            help="Track all jobs from this server: mlflow:URI, wandb[:PROJECT] or tensorboard[:DIR]. May be given "
-            "several times."
+            help="Track all jobs from this server: mlflow:URI, wandb[:PROJECT] or tensorboard[:DIR]. Repeatable. "
+            "Default: not tracked."
         ),
     ] = None,
     memory_mib: Annotated[
@@ -84,7 +92,7 @@ def serve(
         ),
     ] = MEMORY_MIB,
     log_format: Annotated[str, typer.Option(help="Form of the server's own lines: text or json.")] = "text",
-    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated. Default: none.")] = None,
     log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
     log_keep: Annotated[int, typer.Option(help="Number of older files to keep: FILE.1 is the newest.", min=1)] = 3,
     as_json: _Json = False,

@@ -13,6 +13,8 @@ from fl_adapters.participant.kit import KIT_VARIABLE
 job = typer.Typer(
     name="job",
     help="Submit, watch, end, resume and download the jobs of a federation; resume simulations.",
+    epilog="\b\nExamples:\n  fl-adapters job submit tumour.yml --kit kits/lena --follow\n"
+    "  fl-adapters job resume runs/train-1122-164503     a simulation",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -29,7 +31,7 @@ _Track = Annotated[
     list[str] | None,
     typer.Option(
         help="Track the job from this machine: mlflow:URI, wandb[:PROJECT] or tensorboard[:DIR]. "
-        "May be given several times."
+        "Repeatable. Default: not tracked."
     ),
 ]
 
@@ -60,7 +62,10 @@ def submit(
 def list_(
     kit: _Kit,
     before: Annotated[
-        int | None, typer.Option(min=1, help="List older jobs that have ended; the list before says the number.")
+        int | None,
+        typer.Option(
+            min=1, help="List older jobs that have ended; the list before says the number. Default: the newest."
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -126,7 +131,9 @@ def abort(name: _Job, kit: _Kit, as_json: _Json = False) -> None:
 )
 def resume(
     which: Annotated[str, typer.Argument(metavar="JOB", help="Folder of a simulation, runs/JOB; with --kit, a name.")],
-    kit: Annotated[Path | None, typer.Option("--kit", help="Folder of an admin's startup kit.")] = None,
+    kit: Annotated[
+        Path | None, typer.Option("--kit", help="Folder of an admin's startup kit. Default: none, a simulation.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Continue a job that failed, was aborted or was killed, where it stopped. Acknowledged updates count.

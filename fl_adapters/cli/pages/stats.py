@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import runpy
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from importlib import import_module
 
 from fl_adapters.cli.output import report_errors, show_error
 from fl_runtime.errors import ConfigError
 
 _INTEGRATION = "fl_adapters.statistics"
+
+
+def command_parser() -> ArgumentParser | None:
+    """Return the parser of the command's options, or None if narwhals, which it needs, is not installed."""
+    try:
+        found = import_module(f"{_INTEGRATION}.__main__").command_parser()
+    except ImportError:
+        return None
+    assert isinstance(found, ArgumentParser)
+    return found
 
 
 def run(arguments: Sequence[str]) -> int:

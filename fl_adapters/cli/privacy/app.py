@@ -19,6 +19,8 @@ class _ShowsByDefault(TyperGroup):
     """Group of commands in which `privacy KIT` stands for `privacy show KIT`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # the shell completes the line
+            return super().parse_args(ctx, args)
         if not args or args[0] not in (*self.commands, "--help"):
             args = ["show", *args]
         return super().parse_args(ctx, args)
@@ -71,11 +73,18 @@ Examples:
 )
 def plan(
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget of the job. Default: that of --job.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Number of rounds, at least 1.", min=1)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Number of rounds, at least 1. Default: that of --job.", min=1)
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of the budget, between 0 and 1. Default: 1e-5.")] = None,
-    sites: Annotated[int | None, typer.Option(help="Number of sites, at least 1.", min=1)] = None,
+    sites: Annotated[
+        int | None, typer.Option(help="Number of sites, at least 1. Default: that of --job, else 2.", min=1)
+    ] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the sites in a round. Default: 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The job's seed, which draws the sites of a round.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The job's seed, which draws the sites of a round. Default: that of --job, else 0."),
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest L2 norm of an update. Default: 1.")] = None,
     adjacency: Annotated[
         str | None, typer.Option(help="What an update is exchanged for: replace or zero. Default: replace.")
@@ -84,7 +93,8 @@ def plan(
         str | None, typer.Option(help="Where the noise is added: site_out or server_in. Default: site_out.")
     ] = None,
     job: Annotated[
-        Path | None, typer.Option(help="Job file with a filter GaussianDP. The options above replace what it says.")
+        Path | None,
+        typer.Option(help="Job file with a filter GaussianDP. The options above replace what it says. Default: none."),
     ] = None,
     as_json: _Json = False,
 ) -> None:

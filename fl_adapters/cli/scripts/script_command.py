@@ -94,7 +94,7 @@ class ScriptCommand(TyperCommand):
             if name.startswith("-")
         }
         line = split(args, takes_value)
-        if line.options:
+        if line.options and not ctx.resilient_parsing:  # else the shell completes the line
             typer.echo(_note(line, takes_value), err=True)
         positional = ["--", line.script or "", *line.rest] if line.script or line.rest else []
         return super().parse_args(ctx, [*line.ours, *positional])

@@ -21,7 +21,7 @@ site = typer.Typer(
 _Kit = Annotated[Path, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the site's startup kit.")]
 _State = Annotated[
     Path | None,
-    typer.Option("--state", help="Folder for jobs, logs and results; of a read-only kit, for all else that changes."),
+    typer.Option("--state", help="Folder for jobs, logs, results and what else changes. Default: the kit."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.")]
@@ -38,13 +38,14 @@ _Job = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.")]
 def daemon(
     context: typer.Context,
     kit: Annotated[
-        Path | None, typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the site's startup kit.")
+        Path | None,
+        typer.Option("--kit", envvar=KIT_VARIABLE, help="Folder of the site's startup kit. Default: $FL_ADAPTERS_KIT."),
     ] = None,
     state: _State = None,
     restarts: Annotated[int, typer.Option(help="Times that a script that has died is started again.", min=0)] = 3,
     grace_s: Annotated[float, typer.Option(help="Seconds that scripts have to save at SIGTERM.", min=0)] = 30.0,
     log_format: Annotated[str, typer.Option(help="Form of the daemon's own lines: text or json.")] = "text",
-    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated.")] = None,
+    log_file: Annotated[Path | None, typer.Option(help="File for them, too, which is rotated. Default: none.")] = None,
     log_mb: Annotated[float, typer.Option(help="Size in MB from which the file is rotated.", min=0.001)] = 10.0,
     log_keep: Annotated[int, typer.Option(help="Number of older files to keep: FILE.1 is the newest.", min=1)] = 3,
     metrics: Annotated[
@@ -90,7 +91,9 @@ def refuse(
     job: _Job,
     kit: _Kit,
     state: _State = None,
-    reason: Annotated[str, typer.Option(help="Why; the server and the other sites can read it.")] = "",
+    reason: Annotated[
+        str, typer.Option(help="Why; the server and the other sites can read it. Default: no reason.")
+    ] = "",
     as_json: _Json = False,
 ) -> None:
     """Refuse a job that waits for approval. The server is told at once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -52,19 +51,6 @@ def _outside_a_federation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_our_options_are_told_from_the_scripts(line: str, ours: str, script: str | None, rest: str) -> None:
     found = split(line.split(), OURS)
     assert (found.ours, found.script, found.rest) == (ours.split(), script, rest.split())
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [("sim", {"simulate"}), ("job sub", {"submit"}), ("simulate --best", {"--best-metric", "--best-mode"})],
-)
-def test_a_shell_completes_commands_and_options(typed: str, offered: set[str]) -> None:
-    words = f"fl-adapters {typed}"
-    asked = {"_FL_ADAPTERS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    done = subprocess.run(
-        [sys.executable, "-m", "fl_adapters.cli"], env={**os.environ, **asked}, capture_output=True, text=True
-    )
-    assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_options_that_go_to_the_script_are_listed_and_one_that_resembles_ours_is_doubted(invoke: Any) -> None:

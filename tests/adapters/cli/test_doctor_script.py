@@ -94,3 +94,27 @@ def test_what_is_no_script_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFi
     assert "line 1" in checks["script"][1]
     (tmp_path / "train.py").write_bytes(b"\x00\xff")
     assert next(script_checks(tmp_path / "train.py")).status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "counts"),
+    [
+        (PLAIN, '2 problems to mend first, and 3 notes to read: see the column "to do"', (2, 3)),
+        (
+            "from fl_adapters.xgboost import train\ntrain({}, d)",
+            "no problem, and 1 note: nothing fails, but read",
+            (0, 1),
+        ),
+        ("import fl_adapters as fl\nfl.connect(fl.site().data)", "no problem and no note in 3 checks", (0, 0)),
+    ],
+)
+def test_the_last_line_counts_problems_and_notes(
+    text: str, said: str, counts: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        app(["doctor", str(tmp_path / "train.py"), "--json"], prog_name="fl-adapters")
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert said in " ".join(err.split())
+    assert (found["problems"], found["notes"], found["ok"]) == (*counts, end.value.code == 0)
