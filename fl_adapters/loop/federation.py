@@ -45,11 +45,12 @@ class Federation(Protocol):
         """Which of the sites this process is."""
         ...
 
-    def sum(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    def sum(self, arrays: Mapping[str, Array], *, integers: bool = False) -> Mapping[str, Array]:
         """Return the sums over all sites.
 
         Args:
             arrays: Name -> array of finite numbers, with the same names and shapes at all sites.
+            integers: Whether all values are whole numbers.
 
         Returns:
             Name -> float64 array with the same bits at all sites.
@@ -85,9 +86,9 @@ class SameSites:
         place: SitePlace = self._inner.site
         return place
 
-    def sum(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    def sum(self, arrays: Mapping[str, Array], *, integers: bool = False) -> Mapping[str, Array]:
         """Return the sums over all sites."""
-        totals: Mapping[str, Array] = self._inner.sum(arrays)
+        totals: Mapping[str, Array] = self._inner.sum(arrays, integers=integers)
         self._check()
         return totals
 

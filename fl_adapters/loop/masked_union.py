@@ -18,7 +18,7 @@ from fl_runtime.errors import ProtocolError
 from fl_runtime.types import Array
 
 Summing = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-"""Sums named arrays over all sites."""
+"""Sums named arrays of whole numbers over all sites."""
 
 _SIZES = tuple(8 * 2**power for power in range(10))
 """Bytes of a text and its end. A text is in the table of the smallest size that holds it."""
@@ -39,7 +39,7 @@ def masked_union(sum_over_sites: Summing, texts: Iterable[str]) -> list[str]:
     totals, a sum is made again with twice as many.
 
     Args:
-        sum_over_sites: Sums arrays of float64 over all sites.
+        sum_over_sites: Sums arrays of whole numbers, float64, over all sites.
         texts: Texts of this site, of at most 1,000 characters.
 
     Returns:

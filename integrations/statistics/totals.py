@@ -45,7 +45,7 @@ class Alone:
     def __init__(self, site: SitePlace) -> None:
         self.site = site
 
-    def sum(self, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    def sum(self, arrays: Mapping[str, Array], *, integers: bool = False) -> Mapping[str, Array]:
         """Return the values of this site."""
         return arrays
 

@@ -134,7 +134,7 @@ def train(
     )
     log: Log = {}
     if mode == "levelwise" and current_kit(kit) is not None:
-        booster = _levelwise(call, log, quantile_rows)
+        booster = _levelwise(call, log, quantile_rows, quantile_noise, collective_timeout_s)
         if evals_result is not None:
             evals_result.update(log)
         return booster
@@ -167,9 +167,12 @@ def train(
     return booster
 
 
-def _levelwise(call: TrainCall, log: Log, quantile_rows: int) -> xgboost.Booster:
-    from .levelwise import training
+def _levelwise(
+    call: TrainCall, log: Log, quantile_rows: int, quantile_noise: float, collective_timeout_s: int
+) -> xgboost.Booster:
+    from .levelwise import checks, training
 
+    checks.check_unused(quantile_noise=(quantile_noise, 0.0), collective_timeout_s=(collective_timeout_s, 300))
     return training.train(call, log, quantile_rows)
 
 

@@ -47,8 +47,9 @@ class ThreadedFederation:
     site: Place
     meeting: Meeting
 
-    def sum(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def sum(self, arrays: Mapping[str, Any], *, integers: bool = False) -> dict[str, Any]:
         for name, array in arrays.items():
+            assert not integers or np.array_equal(array, np.rint(array)), f"{name} is not whole"
             assert np.isfinite(array).all(), f"{name} is not finite"
         everyone = self.meeting.exchange(self.site.index, {k: np.array(v, np.float64) for k, v in arrays.items()})
         if self.site.index == 0:

@@ -102,6 +102,23 @@ def test_the_server_stores_uniform_bytes_and_no_text() -> None:
     assert b"only site-1" not in journal
 
 
+def test_integers_are_exact_in_a_quarter_of_the_bytes() -> None:
+    def work(place: Place) -> tuple[Array, Array]:
+        mine = np.array([2.0**53 - 1, -(2.0**53) + 1, 0, place.index] * 5_000)
+        with fl.sums(kit=place.kit) as federation:
+            with pytest.raises(ConfigError, match="'x' holds 0.5, which is no whole number"):
+                federation.sum({"x": [1, 0.5]}, integers=True)
+            return federation.sum({"x": mine}, integers=True)["x"], federation.sum({"x": mine})["x"]
+
+    with LocalFederation(sites=3, secure_sum=True) as federation:
+        found = federation.run(work)
+        sent = [event.data["bytes_up"] for event in federation.events if event.kind == "update"]
+    expected = np.array([float(3 * (2**53 - 1)), -float(3 * (2**53 - 1)), 0, 3] * 5_000)
+    assert all(np.array_equal(total, expected) for totals in found.values() for total in totals)
+    small, large = sorted(sent)[3], sorted(sent)[-1]  # the calls that end the block are the smallest
+    assert 8 * 20_000 <= small < 8 * 20_000 + 5_000 and large >= 32 * 20_000
+
+
 def test_a_mismatch_is_an_error_at_every_site_that_names_the_odd_one() -> None:
     def work(place: Place) -> None:
         with fl.sums(kit=place.kit) as federation:

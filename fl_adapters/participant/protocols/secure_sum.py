@@ -16,6 +16,7 @@ import numpy as np
 
 from fl_adapters.participant.gate import Gate
 from fl_adapters.participant.local_result import LocalResult, UpdateHeader
+from fl_runtime.aggregation.sums.call import Call
 from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, VALUES
 from fl_runtime.client import SiteClient
 from fl_runtime.errors import ProtocolError, UpdateRefusedError
@@ -54,7 +55,7 @@ class SecureSumSite:
             equal_only: Whether all sites must count the same, since they divide the noise of the sum equally.
         """
         self._client, self._gate, self._header, self._sums = client, gate, header, sums
-        self._rings, self._totals, self._equal_only = Rings.for_sites(sites), ring_of_totals(sites), equal_only
+        self._rings, self._sites, self._equal_only = Rings.for_sites(sites), sites, equal_only
         self._task: Task | None = None  # the last task of training
         self._kept: Update | None = None  # this round's update, for masks that begin again
         self._report: Report | None = None
@@ -154,8 +155,9 @@ class SecureSumSite:
 
     def _call_parts(self, update: Update) -> list[_Part]:
         """The values of a call of `fl_adapters.sums`, not masked yet."""
+        ring = ring_of_totals(self._sites, integers=Call.from_array(update.arrays[CALL]).integers)
         where = f"{update.site}, call {update.round}"
-        return [({VALUES: encoded_values(update.arrays[VALUES], self._totals, where)}, self._totals)]
+        return [({VALUES: encoded_values(update.arrays[VALUES], ring, where)}, ring)]
 
     def _model_parts(self, update: Update, task: Task, settings: Settings) -> list[_Part]:
         """The vectors of a model's update, not masked yet."""

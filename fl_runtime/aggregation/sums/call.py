@@ -42,10 +42,12 @@ class Call:
     Attributes:
         kind: "sum" of named arrays, "union" of texts, or "end": the site leaves its block and sums no more.
         shapes: Name -> shape of each array of a sum, in the order in which they follow each other in the values.
+        integers: Whether all values of a sum are whole numbers below 2^53, at every site.
     """
 
     kind: CallKind
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    integers: bool = False
 
     @property
     def size(self) -> int:
@@ -54,7 +56,8 @@ class Call:
 
     def to_array(self) -> Array:
         """Return the call as a uint8 tensor."""
-        return packed({"kind": self.kind, "shapes": [[name, list(shape)] for name, shape in self.shapes]})
+        fields: dict[str, Any] = {"kind": self.kind, "shapes": [[name, list(shape)] for name, shape in self.shapes]}
+        return packed(fields | ({"integers": True} if self.integers else {}))
 
     @classmethod
     def from_array(cls, array: Array) -> Call:
@@ -137,10 +140,12 @@ def _read(data: bytes) -> Call:
     """Read a call from its JSON."""
     try:
         fields = parse_json(data, limit_chars=_MAX_CALL_CHARS)
-        kind, shapes = fields["kind"], fields["shapes"]
+        kind, shapes, integers = fields["kind"], fields["shapes"], fields.get("integers", False)
         if kind not in ("sum", "union", "end") or len(shapes) > MAX_NAMES or (kind != "sum" and shapes):
             raise ValueError("its kind or its number of arrays is wrong")
-        call = Call(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes))
+        if not isinstance(integers, bool):
+            raise ValueError("it does not say whether its values are integers")
+        call = Call(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes), integers)
         if len(dict(call.shapes)) != len(shapes) or call.size * 8 > MAX_BYTES:
             raise ValueError("a name is given twice, or the arrays are too large")
     except (ValueError, TypeError, KeyError) as error:
@@ -163,6 +168,8 @@ def _differences(usual: Call, base: str, call: Call) -> list[str]:
     """How a call differs from the one that most sites make, of which `base` is the first."""
     if call.kind != usual.kind:
         return [f"{_DONE[call.kind]}, but {base} {_DONE[usual.kind]}"]
+    if call.integers != usual.integers:
+        return [f"passes integers={call.integers}, but {base} integers={usual.integers}"]
     mine, theirs = dict(call.shapes), dict(usual.shapes)
     return [
         f"{name!r} is {_shown(mine, name)}, but {_shown(theirs, name)} at {base}"

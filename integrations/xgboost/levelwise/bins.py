@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fl_adapters.loop.order import Summing
+from fl_adapters.loop.federation import Federation
 from fl_runtime.types import Array
 
 from .large_sums import summed
@@ -74,7 +74,7 @@ def columns_of(data: Array, indices: Array, indptr: Array, features: int) -> lis
     return [(row_of[entries], data[entries]) for entries in chosen]
 
 
-def agree_on_bins(federation: Summing, columns: Sequence[Array], max_bin: int, min_rows: int) -> Bins:
+def agree_on_bins(federation: Federation, columns: Sequence[Array], max_bin: int, min_rows: int) -> Bins:
     """Find bins that hold about as many rows each, over all sites together.
 
     Values are counted in cells. A cell holds the floats that begin with the same bits, and only cells with many rows

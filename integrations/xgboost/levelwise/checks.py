@@ -72,6 +72,25 @@ def check(call: TrainCall) -> None:
         )
 
 
+def check_unused(**arguments: tuple[float, float]) -> None:
+    """Raise ConfigError for arguments of mode "histogram" that have another value than their default.
+
+    Args:
+        **arguments: Value and default of each.
+    """
+    reasons = {
+        "quantile_noise": "bins are found from counts over all sites, and no site tells points of its own",
+        "collective_timeout_s": "there is no collective: a site that is away is waited for as long as the job says",
+    }
+    for name, (value, default) in arguments.items():
+        if value != default:
+            raise ConfigError(
+                f"{name}={value!r} has no effect in this mode: {reasons[name]}",
+                where=_WHERE,
+                fix=f'leave {name} out, or use mode="histogram"',
+            )
+
+
 def regularisation(parameters: Mapping[str, str]) -> tuple[Regularisation, int, int]:
     """Return the parameters of trees that decide about splits and leaves, the largest depth, and `max_bin`.
 

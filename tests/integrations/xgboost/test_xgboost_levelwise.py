@@ -118,6 +118,34 @@ def test_what_the_trees_cannot_honour_is_refused_by_name(kit: str, changes: dict
     assert named in str(caught.value) and "levelwise" in str(caught.value)
 
 
+@pytest.mark.parametrize("argument", [{"quantile_noise": 0.5}, {"collective_timeout_s": 30}])
+def test_arguments_of_the_histogram_mode_are_refused(kit: str, argument: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(argument))}={next(iter(argument.values()))} has no effect"):
+        train(BINARY, d.matrix(0, "binary:logistic"), 2, mode="levelwise", kit=kit, **argument)
+
+
+def test_training_goes_on_from_a_model_and_from_margins() -> None:
+    """Both ways to start from two trees give the trees that four rounds in one go have."""
+    params = {**PARAMS, "objective": "binary:logistic", "max_depth": 3, "max_bin": 16, "base_score": 0.4}
+
+    def trees(booster: xgboost.Booster) -> list[str]:
+        return booster.get_dump(with_stats=True)
+
+    def site(place: Any) -> tuple[list[str], list[str], list[str]]:
+        data = d.matrix(2 * place.index, "binary:logistic")
+        with_margin = d.matrix(2 * place.index, "binary:logistic")
+        settings: Any = {"mode": "levelwise", "kit": place.kit}
+        first = train(params, data, 2, **settings)
+        with_margin.set_base_margin(first.predict(data, output_margin=True))
+        more = train(params, data, 2, xgb_model=first, **settings)
+        return trees(more), trees(train(params, with_margin, 2, **settings)), trees(train(params, data, 4, **settings))
+
+    with LocalFederation(sites=2) as federation:
+        found = federation.run(site)
+    for continued, from_margins, at_once in found.values():
+        assert continued == at_once and from_margins == at_once[2:]
+
+
 def test_categories_are_refused(kit: str) -> None:
     frame = pd.DataFrame({"colour": pd.Categorical(["red", "blue"] * 20)})
     data = xgboost.DMatrix(frame, [0, 1] * 20, enable_categorical=True)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fl_runtime.aggregation.sums.call import Call
 from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, VALUES, check_same_call
 from fl_runtime.secure_sum.ring import Ring
 from fl_runtime.secure_sum.totals import ring_of_totals
@@ -21,8 +22,8 @@ from fl_runtime.types import Arrays, Report, Update
 class MaskedContent(Protocol):
     """What the masked updates of a round hold, and what their totals give."""
 
-    def ring_of(self, name: str) -> Ring | None:
-        """Return the ring in which the vectors of a name are summed; None if they are not masked."""
+    def ring_of(self, name: str, update: Update) -> Ring | None:
+        """Return the ring of an update's vector of this name; None if it is not masked."""
         ...
 
     def check(self, updates: Sequence[Update]) -> None:
@@ -66,7 +67,7 @@ class MaskedModels:
         self._state, self._scoring, self._current, self._base, self._told = state, scoring, current, base, told
         self._rings = Rings.for_sites(len(state.settings.sites))
 
-    def ring_of(self, name: str) -> Ring | None:
+    def ring_of(self, name: str, update: Update) -> Ring | None:
         return self._rings.of(name)
 
     def check(self, updates: Sequence[Update]) -> None:
@@ -115,10 +116,10 @@ class MaskedValues:
     """
 
     def __init__(self, sites: int, current: OpenRound) -> None:
-        self._ring, self._current = ring_of_totals(sites), current
+        self._sites, self._current = sites, current
 
-    def ring_of(self, name: str) -> Ring | None:
-        return self._ring if name == VALUES else None
+    def ring_of(self, name: str, update: Update) -> Ring | None:
+        return self._ring(update) if name == VALUES else None
 
     def check(self, updates: Sequence[Update]) -> None:
         check_same_call(updates)
@@ -126,7 +127,7 @@ class MaskedValues:
     def plain(self, updates: Sequence[Update], totals: Arrays) -> list[Update]:
         """Return updates of which the first has the total as its values, and the others have zeros."""
         self._current.pooled = Pooled({}, len(updates), 0)
-        total = self._ring.decode(totals[VALUES])
+        total = self._ring(updates[0]).decode(totals[VALUES])
         zeros = np.broadcast_to(0.0, total.shape)
         return [
             replace(
@@ -137,3 +138,6 @@ class MaskedValues:
             )
             for number, update in enumerate(updates)
         ]
+
+    def _ring(self, update: Update) -> Ring:
+        return ring_of_totals(self._sites, integers=Call.from_array(update.arrays[CALL]).integers)

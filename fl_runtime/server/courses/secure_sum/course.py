@@ -8,7 +8,7 @@ from dataclasses import replace
 from fl_runtime.aggregation.sums.call import MAX_BYTES, Call
 from fl_runtime.aggregation.sums.strategy import CALL, VALUES
 from fl_runtime.errors import ProtocolError
-from fl_runtime.secure_sum.totals import WORDS
+from fl_runtime.secure_sum.totals import ring_of_totals, shape_of_masked
 from fl_runtime.secure_sum.travelling import ANSWER, as_message
 from fl_runtime.secure_sum.vectors import NUMBERS
 from fl_runtime.server.calls import limits
@@ -158,7 +158,8 @@ class MaskedChecks:
             self._tensors.check_values(update)
         elif self._sums_values() and CALL in update.arrays:  # an answer to a step has no tensors
             call = Call.from_array(update.arrays[CALL])
-            if call.kind == "union" or len(update.arrays[VALUES]) != call.size:
+            ring = ring_of_totals(len(self._state.settings.sites), integers=call.integers)
+            if call.kind == "union" or update.arrays[VALUES].shape != shape_of_masked(call.size, ring):
                 raise ProtocolError(f"the masked values of {update.site} do not fit the call that it names")
 
     def _check_vectors(self, manifest: Manifest, agreed: Manifest | None) -> None:
@@ -176,11 +177,9 @@ class MaskedChecks:
 
 def _check_values_of_call(manifest: Manifest) -> None:
     """Refuse a masked update of `fl_adapters.sums` that is not masked values and their call."""
-    found = {tensor.name: (tensor.dtype, len(tensor.shape), tensor.extra) for tensor in manifest.tensors}
-    if found != {VALUES: ("uint64", 2, False), CALL: ("uint8", 1, False)} or manifest.nbytes > 2 * MAX_BYTES:
+    found = {tensor.name: (tensor.dtype, tensor.extra) for tensor in manifest.tensors}
+    if found != {VALUES: ("uint64", False), CALL: ("uint8", False)} or manifest.nbytes > 2 * MAX_BYTES:
         raise ProtocolError(
             "a masked update of a sum does not consist of values and their call",
             fix="run the same version of fl-adapters at every site",
         )
-    if next(tensor for tensor in manifest.tensors if tensor.name == VALUES).shape[1] != WORDS:
-        raise ProtocolError("the masked values of a sum have another width", fix="run the same version at every site")

@@ -70,7 +70,7 @@ class MaskedSum:
         """Add a masked update to the totals."""
         self._added.add(accepted.update.site)
         for name, vector in accepted.update.arrays.items():
-            ring, total = self._content.ring_of(name), self._totals.get(name)
+            ring, total = self._content.ring_of(name, accepted.update), self._totals.get(name)
             if ring is None:
                 continue
             if total is None:
@@ -122,7 +122,7 @@ class MaskedSum:
     def _unmasked(self, updates: Sequence[Update]) -> Arrays:
         """Remove the masks from the totals of what every update has."""
         totals = {name: self._totals[name] for name in in_all([u.arrays for u in updates]) if name in self._totals}
-        rings = {name: self._content.ring_of(name) for name in totals}
+        rings = {name: self._content.ring_of(name, updates[0]) for name in totals}
         for ring in dict.fromkeys(rings.values()):
             assert ring is not None
             self.steps.sums.unmask({name: total for name, total in totals.items() if rings[name] == ring}, ring)
