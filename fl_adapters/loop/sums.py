@@ -46,6 +46,7 @@ from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, TEXTS, VALUES, 
 from fl_runtime.capabilities import SUMS
 from fl_runtime.errors import ConfigError, ProtocolError, QuorumError, StateMismatchError
 from fl_runtime.secure_sum.totals import LARGEST_INTEGER, LARGEST_VALUE, WORDS
+from fl_runtime.text import METRIC_NAMES, is_metric_name
 from fl_runtime.types import Array, Arrays, Task, Terms
 from fl_runtime.wire.names import facts_of
 
@@ -134,6 +135,7 @@ class Sums:
         self._task: Task | None = None
         self._in_block = False
         self._export: Export | None = None
+        self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> Sums:
         if self._in_block:
@@ -245,6 +247,22 @@ class Sums:
             return self._masked_union(own)
         return list(self._exchange(Call("union"), np.empty(0), {TEXTS: pack_texts(own)}, own).texts)
 
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Report metrics for the history of the run; they leave with the next call, or with the end of the block.
+
+        In masked sums they are not masked, and must be the same at all sites: report what is computed from totals.
+
+        Args:
+            metrics: Name -> number. Those that are not finite are left out.
+
+        Raises:
+            ConfigError: A name is no name of a metric.
+        """
+        wrong = next((name for name in metrics if not is_metric_name(str(name))), None)
+        if wrong is not None:
+            raise ConfigError(f"{wrong!r} is no name of a metric", where="report", fix=f"use {METRIC_NAMES}")
+        self._metrics |= {str(name): float(value) for name, value in metrics.items() if math.isfinite(value)}
+
     def leave_model(self, export: Export) -> None:
         """Let the run end with a model that this script has made of the sums, the same at all sites.
 
@@ -322,8 +340,9 @@ class Sums:
             raise ProtocolError(f"the run ended before call {number}", where=self.site.name, fix="see the server's log")
         if task.round != number:
             raise _missed(self.site.name, number, task.round)
-        count = self._options.num_examples or 1
-        session.submit({VALUES: values, CALL: call.to_array()}, LocalResult(count, 0, {}), extras=extras)
+        result = LocalResult(self._options.num_examples or 1, 0, self._metrics)
+        self._metrics = {}
+        session.submit({VALUES: values, CALL: call.to_array()}, result, extras=extras)
         self._task = session.next_task()
         self._replay.learn(self._task)
         if not self._replay.knows(number):

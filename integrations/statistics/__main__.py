@@ -111,6 +111,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     add("--no-correlations", dest="correlations", action="store_false", help="leave correlations out")
     add("--smallest-count", type=int, default=1, metavar="N", help="least number of rows behind any number. Default: 1")
+    add("--secure-sum", action="store_true", help="simulate with masks, so that the server sees the totals alone")
     add("--kit", help="startup kit of this site. Default: $FL_ADAPTERS_KIT")
     add("--folder", default="runs", help="folder for simulations. Default: runs")
     add("--html", type=Path, metavar="FILE", help="write a page of the result to this file. Default: none")
@@ -123,6 +124,12 @@ def _found(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]]:
     kit = current_kit()
     if kit is None and (args.data or args.sites):
         return _simulated(args)
+    if args.secure_sum:
+        raise ConfigError(
+            "--secure-sum is about simulated sites, and there are none",
+            where="stats",
+            fix="add --data or --sites; in a federation the job says secure_sum: true",
+        )
     source = args.source or site().data
     if not source:
         raise ConfigError("there is nothing to describe", where="stats", fix="name a file or a function; see --help")
@@ -152,7 +159,7 @@ def _simulated(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]
     if not args.source and data is None:
         raise ConfigError("there is nothing to describe", where="stats", fix="name a function such as load.py:table")
     simulation = Simulation(sites=sites, data=data, args=own, module=True, folder=args.folder, quiet=True)
-    result = Job(app="fl_adapters.statistics").run(simulation)
+    result = Job(app="fl_adapters.statistics", secure_sum=args.secure_sum).run(simulation)
     written = sorted((result.folder / "sites").glob(f"*/{_DOCUMENT}"))
     if not written:
         raise ConfigError("no site has written a result", where=str(result.folder), fix="see the logs of its sites")

@@ -150,7 +150,7 @@ class SecureSumSite:
         told = [item for item in applied_filters(update.encoding) if item.get("name") == _TELLS_BUDGET]
         arrays = {name: vector for vectors, _ in parts for name, vector in vectors.items()}
         if _is_call(update):
-            arrays[CALL] = update.arrays[CALL]  # names and shapes are no secret: the server compares them
+            arrays[CALL] = _told_call(update)
         return self._sent(task, arrays, mark.encoding(told), task.stage)
 
     def _call_parts(self, update: Update) -> list[_Part]:
@@ -189,6 +189,12 @@ class SecureSumSite:
         """What the server gets: it learns no number of examples, steps or metrics of this site alone."""
         update = self._header.update(task, arrays, LocalResult(1, 0, {}), {})
         return replace(update, stage=stage, content="encoded", encoding=encoding)
+
+
+def _told_call(update: Update) -> Array:
+    """Return what leaves of a call without masks: names and shapes, and metrics that all sites know."""
+    call = Call.from_array(update.arrays[CALL])
+    return replace(call, metrics=tuple(sorted(update.metrics.items()))).to_array()
 
 
 def _is_call(update: Update) -> bool:

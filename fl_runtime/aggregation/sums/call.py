@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fl_runtime.errors import ProtocolError
+from fl_runtime.errors import ProtocolError, StateMismatchError
 from fl_runtime.text import parse_json
 from fl_runtime.types import Array
 
@@ -43,11 +43,13 @@ class Call:
         kind: "sum" of named arrays, "union" of texts, or "end": the site leaves its block and sums no more.
         shapes: Name -> shape of each array of a sum, in the order in which they follow each other in the values.
         integers: Whether all values of a sum are whole numbers below 2^53, at every site.
+        metrics: Name and value of what a site reports beside masked values. All sites know these numbers already.
     """
 
     kind: CallKind
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     integers: bool = False
+    metrics: tuple[tuple[str, float], ...] = ()
 
     @property
     def size(self) -> int:
@@ -57,7 +59,9 @@ class Call:
     def to_array(self) -> Array:
         """Return the call as a uint8 tensor."""
         fields: dict[str, Any] = {"kind": self.kind, "shapes": [[name, list(shape)] for name, shape in self.shapes]}
-        return packed(fields | ({"integers": True} if self.integers else {}))
+        fields |= {"integers": True} if self.integers else {}
+        fields |= {"metrics": [[name, value] for name, value in self.metrics]} if self.metrics else {}
+        return packed(fields)
 
     @classmethod
     def from_array(cls, array: Array) -> Call:
@@ -90,6 +94,30 @@ def differing(calls: Mapping[str, Call]) -> list[str]:
     base = next(site for site, call in calls.items() if call == usual)
     lines = [f"{site}: {line}" for site, call in calls.items() for line in _differences(usual, base, call)]
     return [*lines[:_LISTED], *([f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]
+
+
+def common_metrics(calls: Mapping[str, Call]) -> dict[str, float]:
+    """Return the metrics that all sites of a round report.
+
+    Args:
+        calls: Site -> its call; at least one.
+
+    Raises:
+        StateMismatchError: Two sites report different values of one metric.
+    """
+    (base, first), *others = calls.items()
+    found = dict(first.metrics)
+    for site, call in others:
+        theirs = dict(call.metrics)
+        found = {name: value for name, value in found.items() if name in theirs}
+        wrong = next((name for name, value in found.items() if theirs[name] != value), None)
+        if wrong is not None:
+            raise StateMismatchError(
+                f"{site} reports {wrong}={theirs[wrong]!r}, and {base} {found[wrong]!r}",
+                where="fl_adapters.sums",
+                fix="report what is computed from totals, which are the same at every site",
+            )
+    return found
 
 
 def packed(value: object) -> Array:
@@ -145,7 +173,10 @@ def _read(data: bytes) -> Call:
             raise ValueError("its kind or its number of arrays is wrong")
         if not isinstance(integers, bool):
             raise ValueError("it does not say whether its values are integers")
-        call = Call(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes), integers)
+        metrics = tuple((_name(name), _metric(value)) for name, value in fields.get("metrics", []))
+        call = Call(kind, tuple((_name(name), _shape(shape)) for name, shape in shapes), integers, metrics)
+        if len(metrics) > MAX_NAMES:
+            raise ValueError("it has too many metrics")
         if len(dict(call.shapes)) != len(shapes) or call.size * 8 > MAX_BYTES:
             raise ValueError("a name is given twice, or the arrays are too large")
     except (ValueError, TypeError, KeyError) as error:
@@ -189,6 +220,12 @@ def _name(name: Any) -> str:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
         raise ValueError("a name of an array is not a printable text")
     return name
+
+
+def _metric(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("a metric is not a finite number")
+    return float(value)
 
 
 def _shape(shape: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fl_runtime.aggregation.trees import ubjson
 from fl_runtime.aggregation.trees.document import TreeModel, base_score, pooled_base_score, with_base_score
 from fl_runtime.aggregation.trees.strategies import BASE_SUMS, WEIGHT
 from fl_runtime.errors import ConfigError, StateMismatchError
-from fl_runtime.types import Array
+from fl_runtime.types import Array, Metrics
 from fl_runtime.wire.names import names_of
 
 from ..call import TrainCall, agreement, tree_parameters, warn_of_unnamed_columns
@@ -72,7 +72,14 @@ def train(call: TrainCall, log: Log, quantile_rows: int) -> xgboost.Booster:
     examples = call.options.num_examples or max(int(call.dtrain.num_row()), 1)
     with sums(kit=call.options.kit, agree=facts, num_examples=examples) as block:
         final = _boost(
-            of_same_sites(block), call, booster, own_start, evaluation if names else None, log, quantile_rows
+            of_same_sites(block),
+            call,
+            booster,
+            own_start,
+            evaluation if names else None,
+            log,
+            quantile_rows,
+            block.report,
         )
         block.leave_model(lambda folder: export(final, folder))
     return released(final)
@@ -86,6 +93,7 @@ def _boost(
     evaluation: Evaluation | None,
     log: Log,
     quantile_rows: int,
+    report: Callable[[Metrics], None],
 ) -> xgboost.Booster:
     """Agree on start, bins and units, and grow the trees. Returns the booster that the callbacks leave."""
     model = _common_start(federation, call, own_start)
@@ -119,6 +127,7 @@ def _boost(
         if evaluation:
             metrics = pooled(federation, evaluation.summaries(booster, iteration))
             record(log, metrics, list(metrics))
+            report({"boosting_round": iteration + 1, **metrics})
         if True in [callback.after_iteration(booster, iteration, log) for callback in callbacks]:
             break
     load(booster, model, call)

@@ -59,11 +59,12 @@ def test_a_site_for_each_file_is_simulated(folder: Path) -> None:
     assert "<svg" in (run / "statistics.html").read_text() and "north" in done.stderr
 
 
-def test_a_function_is_called_at_each_site(folder: Path) -> None:
-    done = stats(
-        "load.py:table", "--sites", "3", "--features", "age,sex", "--bins", "0,50,100", "--json", folder=folder
-    )
-    found = last_line(done)
+def test_a_function_is_called_at_each_site_and_its_sums_may_be_masked(folder: Path) -> None:
+    chosen = ["--features", "age,sex", "--bins", "0,50,100", "--secure-sum"]
+    found = last_line(stats("load.py:table", "--sites", "3", *chosen, "--json", folder=folder))
+    [run] = (folder / "runs").iterdir()
+    updates = [event for event in map(json.loads, (run / "events.jsonl").open()) if event["kind"] == "update"]
+    assert updates and all(event["data"]["filters"][-1]["name"] == "SecureSum" for event in updates)
     assert (found["rows"], len(found["sites"]), list(found["features"])) == (300, 3, ["age", "sex"])
     counts = np.histogram(pd.read_csv(folder / "a.csv")["age"], [0, 50, 100])[0]
     assert found["features"]["age"]["histogram"]["counts"] == counts.tolist()
@@ -87,6 +88,7 @@ def test_one_file_is_described_and_its_result_shown_again(folder: Path) -> None:
         (["load.py:nothing"], "load.py has no function nothing"),
         (["--data", "a.csv"], "does not say whose data they are"),
         (["load.py"], "no file of a known kind"),
+        (["a.csv", "--secure-sum"], "--secure-sum is about simulated sites"),
         (["a.csv", "--features", "agee"], "did you mean age?"),
     ],
 )

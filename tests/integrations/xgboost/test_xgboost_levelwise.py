@@ -12,6 +12,7 @@ import pytest
 import xgboost
 from sklearn.metrics import log_loss, roc_auc_score
 
+import fl_adapters
 from fl_adapters import ConfigError, HandshakeError, StateMismatchError
 from fl_adapters.testing import LocalFederation
 from fl_adapters.xgboost import FederatedXGBClassifier, train
@@ -172,18 +173,33 @@ def test_a_schedule_that_differs_is_noticed_at_the_end() -> None:
         federation.run(site)
 
 
-def test_masked_sums_grow_the_same_trees() -> None:
+def test_masked_sums_grow_the_same_trees_and_metrics_are_in_the_history() -> None:
+    logs: dict[str, Any] = {}
+
     def site(place: Any) -> bytes:
         params = {**PARAMS, "objective": "binary:logistic", "max_depth": 3, "max_bin": 16}
         data = d.matrix(place.index, "binary:logistic")
-        return bytes(train(params, data, 2, mode="levelwise", kit=place.kit).save_raw("ubj"))
+        settings: Any = {"evals": [(data, "fit")], "evals_result": logs.setdefault(place.name, {})}
+        return bytes(train(params, data, 2, mode="levelwise", kit=place.kit, **settings).save_raw("ubj"))
 
     models = []
     for secure_sum in (False, True):
         with LocalFederation(sites=3, secure_sum=secure_sum) as federation:
             models += federation.run(site).values()
-            federation.result()
+            rounds = [item.metrics for item in federation.result().rounds if item.metrics]
+        shown = [(item["boosting_round"], item["fit-logloss"]) for item in rounds]
+        assert shown == [(1, logs["site-1"]["fit"]["logloss"][0]), (2, logs["site-1"]["fit"]["logloss"][1])]
     assert len(models) == 6 and len(set(models)) == 1
+
+
+def test_masked_sums_refuse_metrics_that_differ() -> None:
+    def site(place: Any) -> None:
+        with fl_adapters.sums(kit=place.kit) as federation:
+            federation.report({"loss": 0.5 + place.index})
+            federation.sum({"n": 1})
+
+    with LocalFederation(sites=2, secure_sum=True) as federation, pytest.raises(StateMismatchError, match="loss=1.5"):
+        federation.run(site)
 
 
 def test_an_estimator_grows_the_same_trees() -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fl_runtime.aggregation.sums.call import Call
+from fl_runtime.aggregation.sums.call import Call, common_metrics
 from fl_runtime.aggregation.sums.strategy import CALL, ENCODING, VALUES, check_same_call
 from fl_runtime.secure_sum.ring import Ring
 from fl_runtime.secure_sum.totals import ring_of_totals
@@ -16,7 +16,7 @@ from fl_runtime.secure_sum.vectors import Mean, Rings, mean_of, metric_of
 from fl_runtime.server.courses.scoring import Scoring
 from fl_runtime.server.models import Model
 from fl_runtime.server.state import OpenRound, Pooled, RunState
-from fl_runtime.types import Arrays, Report, Update
+from fl_runtime.types import Arrays, Metrics, Report, Update
 
 
 class MaskedContent(Protocol):
@@ -117,22 +117,25 @@ class MaskedValues:
 
     def __init__(self, sites: int, current: OpenRound) -> None:
         self._sites, self._current = sites, current
+        self._metrics: Metrics = {}
 
     def ring_of(self, name: str, update: Update) -> Ring | None:
         return self._ring(update) if name == VALUES else None
 
     def check(self, updates: Sequence[Update]) -> None:
         check_same_call(updates)
+        self._metrics = common_metrics({update.site: Call.from_array(update.arrays[CALL]) for update in updates})
 
     def plain(self, updates: Sequence[Update], totals: Arrays) -> list[Update]:
         """Return updates of which the first has the total as its values, and the others have zeros."""
-        self._current.pooled = Pooled({}, len(updates), 0)
+        self._current.pooled = Pooled(self._metrics, len(updates), 0)
         total = self._ring(updates[0]).decode(totals[VALUES])
+        call = replace(Call.from_array(updates[0].arrays[CALL]), metrics=()).to_array()
         zeros = np.broadcast_to(0.0, total.shape)
         return [
             replace(
                 update,
-                arrays={VALUES: zeros if number else total, CALL: update.arrays[CALL]},
+                arrays={VALUES: zeros if number else total, CALL: call},
                 content="encoded",
                 encoding=ENCODING,
             )
