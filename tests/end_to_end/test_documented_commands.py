@@ -251,7 +251,7 @@ def test_a_further_job_and_what_to_watch(machines: Machines) -> None:
     machines.submit("tumour-2", "--follow", sites=list(SITES), rounds=1)
     out = {line: machines.cli(line) for line in machines.section("What to watch")}
     told = "\n".join(out.values())
-    for text in ("3 sites", "nothing is wrong", "finished, 5 rounds", "left: reason all rounds are done", "rounds"):
+    for text in ("3 sites", "no problem", "finished, 5 rounds", "left: reason all rounds are done", "rounds"):
         assert text in told
 
 
