@@ -1,11 +1,12 @@
 """Measures the dashboard's page of a large run: its first paint, its updates, and the server's memory over an hour.
 
-    python benchmarks/dashboard.py [--sites 50] [--rounds 200] [--metrics 10] [--passes 6]
+    python benchmarks/dashboard.py [--sites 50] [--rounds 200] [--metrics 10] [--passes 6] [--round-s 0]
 
 The dashboard is a process of its own, and headless Chromium reads it. `first paint` is the time from a click on the
 run's address, which the dashboard has not read before, to the first paint of its curves. An update is a round's events
 appended to the file; its time ends when the page shows the round. Memory: the run is written from its beginning
-`--passes` times, and the page is asked for after every fifth round. With rounds of 3 s, six passes are an hour.
+`--passes` times, and the page is asked for after every fifth round. With `--round-s 3`, six passes take an hour.
+Without it, the rounds follow each other at once.
 Memory is resident memory of the dashboard's process; that of the first pass is the measure of the others.
 
 Ends with status 1 if the first paint or an update takes a second, or if memory grows by more than 5 %. Linux only.
@@ -156,27 +157,34 @@ def update_seconds(browser: Browser, runs: Path, size: Size) -> list[float]:
     return taken
 
 
-def memory_mib(runs: Path, size: Size, passes: int) -> list[float]:
+def memory_mib(runs: Path, size: Size, passes: int, round_s: float) -> list[float]:
     """Largest resident memory of the dashboard in each pass over the run's rounds."""
     largest = []
     with dashboard(runs) as (address, process):
-        connection = HTTPConnection(urlsplit(address).netloc, timeout=PATIENCE_S)
-        connection.request("GET", "/?" + urlsplit(address).query)
-        answer = connection.getresponse()
-        answer.read()
-        headers = {"Cookie": str(answer.getheader("set-cookie")).partition(";")[0]}
+        cookie, _ = answered(address, "/?" + urlsplit(address).query, {})
+        headers = {"Cookie": str(cookie).partition(";")[0]}
+        due = time.monotonic()
         for _ in range(passes):
             run, samples = Run(runs / "hour", size, 0), []
             for _ in range(size.rounds // ROUNDS_EACH):
+                due += ROUNDS_EACH * round_s
+                time.sleep(max(0.0, due - time.monotonic()))
                 run.write_rounds(ROUNDS_EACH)
-                connection.request("GET", "/runs/run/hour", headers=headers)
-                answer = connection.getresponse()
-                assert answer.status == 200, answer.read()
-                answer.read()
+                answered(address, "/runs/run/hour", headers)
                 samples.append(process.memory_info().rss / 2**20)
             largest.append(max(samples))
-        connection.close()
     return largest
+
+
+def answered(address: str, path: str, headers: dict[str, str]) -> tuple[str | None, bytes]:
+    """Ask the dashboard for a page over a connection of its own; returns the cookie that it sets, and the page."""
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=PATIENCE_S)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    page = answer.read()
+    assert answer.status < 400, page
+    connection.close()
+    return answer.getheader("set-cookie"), page
 
 
 def main() -> int:
@@ -186,6 +194,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--metrics", type=int, default=10)
     parser.add_argument("--passes", type=int, default=6)
+    parser.add_argument("--round-s", type=float, default=0.0)
     chosen = parser.parse_args()
     if CHROMIUM is None:
         parser.exit(2, "chromium is not installed\n")
@@ -199,7 +208,7 @@ def main() -> int:
         updates = update_seconds(browser, runs / "b", size)
         print(f"updates         {statistics.median(updates):.2f} s, at most {max(updates):.2f} s", flush=True)
         browser.close()
-        memory = memory_mib(runs / "c", size, chosen.passes)
+        memory = memory_mib(runs / "c", size, chosen.passes, chosen.round_s)
     growth = memory[-1] / memory[0]
     print(f"memory          {', '.join(f'{mib:.0f}' for mib in memory)} MiB by pass: {growth - 1:+.1%}")
     return int(paint > LIMIT_S or max(updates) > LIMIT_S or growth > ALLOWED)

@@ -20,6 +20,7 @@ _MOST_POINTS_IN_ALL = 4000  # of a chart
 _MOST_DOTS = 400  # in a chart; each has a text that shows under the pointer
 _LABEL_CHARS = 80
 _MOST_MARKERS = 40  # of a line; beyond, its dots are there for the pointer alone
+_MOST_HIDDEN = 80  # of a line; closer ones cannot be told apart by a pointer
 _TICKS = 5  # about so many parts of an axis; 3 to 8
 
 
@@ -60,7 +61,9 @@ def line_chart(title: str, lines: Sequence[Line], mark: float | None = None) -> 
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points] + [y for line in drawn for b in line.band for y in b[1:]]
     plot = _Plot(xs, ys, "round")
-    dots = sum(len(line.points) for line in drawn) <= _MOST_DOTS
+    dotted = [line for line in drawn if "faint" not in line.style]
+    if sum(min(len(line.points), _MOST_HIDDEN) for line in dotted) > _MOST_DOTS:
+        dotted = []
     most = min(_MOST_POINTS, _MOST_POINTS_IN_ALL // max(1, len(drawn)))
     marked = None
     if mark is not None and plot.x_low <= mark <= plot.x_high:
@@ -71,7 +74,7 @@ def line_chart(title: str, lines: Sequence[Line], mark: float | None = None) -> 
         [_band(plot, line, most) for line in drawn if line.band],
         marked,
         [_polyline(plot, line, most) for line in drawn],
-        [dot for line in drawn if dots and "faint" not in line.style for dot in _dots(plot, line)],
+        [dot for line in dotted for dot in _dots(plot, line)],
     )
     legend = [(line.label, line.style) for line in drawn if line.label]
     return _chart(title, svg, legend if marked is None else [*legend, (f"best round: {mark:g}", "mark")])
@@ -190,8 +193,9 @@ def _band(plot: _Plot, line: Line, most: int) -> Element:
 
 
 def _dots(plot: _Plot, line: Line) -> Iterator[Element]:
-    hidden = " hidden" if len(line.points) > _MOST_MARKERS else ""
-    for x, y in line.points:
+    many = len(line.points) > _MOST_MARKERS
+    hidden = " hidden" if many else ""
+    for x, y in _thinned(line.points, _MOST_HIDDEN) if many else line.points:
         tip = tag("title", f"{line.label}, round {x:g}: {value_text(y)}")
         style = f"dot {line.style}{hidden}"
         yield tag("circle", tip, cx=plot.x(x), cy=plot.y(y), r=3 if "all" in line.style else 2.4, class_=style)

@@ -12,7 +12,7 @@ from fl_adapters.environments.models import Which, load_model
 from fl_adapters.environments.report.document import tag
 from fl_adapters.environments.report.heatmap import plain
 from fl_adapters.environments.report.page import run_page
-from fl_adapters.environments.report.record import RunRecord, read_run, read_trainings
+from fl_adapters.environments.report.record import read_run, read_trainings
 from fl_runtime.errors import ConfigError
 from fl_runtime.trainings import EVENTS, HISTORY
 
@@ -143,9 +143,10 @@ def figure_of(folder: Path, metrics: Sequence[str] = ()) -> Figure:
     for at, metric in enumerate(chosen, 1):
         axes = figure.add_subplot(down, across, at, title=plain(metric), xlabel="round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        curves = run.site_curves(metric)
         for site in run.sites:
-            axes.plot(*_columns(run, metric, site), linewidth=1, label=plain(site))
-        axes.plot(*_columns(run, metric), color="black", linewidth=2.2, label="all sites")
+            axes.plot(*_columns(curves.get(site, [])), linewidth=1, label=plain(site))
+        axes.plot(*_columns(run.curve(metric)), color="black", linewidth=2.2, label="all sites")
         if at == 1 and len(run.sites) <= 2 * _PANELS:
             axes.legend(fontsize="small")
     return figure
@@ -169,6 +170,5 @@ def cell_html(folder: Path) -> str:
     return ElementTree.tostring(frame, encoding="unicode", method="html")
 
 
-def _columns(run: RunRecord, metric: str, site: str = "") -> tuple[list[float], list[float]]:
-    points = run.curve(metric, site)
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]

@@ -6,6 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,7 +151,8 @@ def _best_tiles(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Element]:
-    names = [name for name in run.metrics if name != EPSILON_METRIC and any(_points(run, name))]
+    everywhere = {name: run.curve(name) for name in run.metrics if name != EPSILON_METRIC}
+    names = [name for name, points in everywhere.items() if points or run.site_curves(name)]
     charts = [_metric_chart(run, name) for name in names[:_CHARTS_IN_ALL]]
     shown, more = charts[:_CHARTS_SHOWN], charts[_CHARTS_SHOWN:_CHARTS_IN_ALL]
     made = [tag("div", shown, class_="charts")] if shown else []
@@ -162,13 +164,8 @@ def _curves(run: RunRecord) -> list[Element]:
     return made
 
 
-def _points(run: RunRecord, metric: str) -> Iterator[Sequence[tuple[float, float]]]:
-    yield run.curve(metric)
-    yield from (run.curve(metric, site) for site in run.sites)
-
-
 def _metric_chart(run: RunRecord, metric: str) -> Element:
-    curves = {site: points for site in run.sites if (points := run.curve(metric, site))}
+    curves = run.site_curves(metric)
     everywhere = Line("all sites", run.curve(metric), "all")
     if len(curves) > _FAINT_SITES:
         lines = [Line("middle site, and lowest to highest", *_band(curves.values()))]
@@ -227,7 +224,7 @@ def _sites(run: RunRecord) -> list[Element]:
     total = sum(examples.values()) if all(examples.values()) else 0  # a site's policy may keep it
     if run.is_sums:
         examples, total = dict.fromkeys(examples, 0.0), 0  # a sum says nothing of how many rows are behind it
-    metrics = [name for name in run.metrics if any(run.curve(name, site) for site in run.sites)][:2]
+    curves = list(islice(((name, found) for name in run.metrics if (found := run.site_curves(name))), 2))
     phases = [phases_by_site(record) for record in rounds if record.finished]
     by_site = {name: mean_phases(each[name] for each in phases if name in each) for name in run.sites}
     spent = dict(_phase_columns([each or Phases(None, 0.0, 0.0, 0.0) for each in by_site.values()])[:-1])
@@ -237,7 +234,7 @@ def _sites(run: RunRecord) -> list[Element]:
         known = f"{examples[name]:,.0f}" if examples[name] else ""
         share = f"{examples[name] / total:.1%}" if total else ""
         used = sum(part.status in ("used", "carried") for part in own)
-        last = [value_text(curve[-1][1]) if (curve := run.curve(metric, name)) else "" for metric in metrics]
+        last = [value_text(found[name][-1][1]) if name in found else "" for _, found in curves]
         rows.append(
             [
                 *(name, known, share, f"{used} of {len(own)}"),
@@ -250,7 +247,7 @@ def _sites(run: RunRecord) -> list[Element]:
         *("site", "examples", "share", "updates used"),
         *(f"{phase.removesuffix(_OTHERS)}, s" for phase in spent),
         *("sent", "received"),
-        *(f"last {name}" for name in metrics),
+        *(f"last {metric}" for metric, _ in curves),
     ]
     made = [table(*filled(columns, rows))] if rows else []
     if len(run.sites) > _SITES_LISTED:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,28 +179,43 @@ class RunRecord:
     @property
     def metrics(self) -> list[str]:
         """Names of all metrics: the one that decides the best round and the loss first, those of training last."""
-        everywhere = [name for record in self.rounds.values() for name in record.metrics]
-        at_sites = [name for r in self.rounds.values() for site in r.sites.values() for name in site.metrics]
-        return ordered_metrics(dict.fromkeys(everywhere + at_sites), self.best.metric)
+        everywhere: dict[str, float] = {}
+        at_sites: dict[str, float] = {}
+        for record in self.rounds.values():
+            everywhere.update(record.metrics)
+            for site in record.sites.values():
+                at_sites.update(site.metrics)
+        return ordered_metrics(dict.fromkeys([*everywhere, *at_sites]), self.best.metric)
 
-    def curve(self, metric: str, site: str = "") -> list[tuple[float, float]]:
-        """Return a metric by round.
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """Return a metric over all sites by round.
 
         Args:
             metric: Name of the metric.
-            site: Name of a site; "" for the metric over all sites.
 
         Returns:
             Round and value of each round that has one that is finite.
         """
-        points = []
+        found = ((number, self.rounds[number].metrics.get(metric)) for number in sorted(self.rounds))
+        return [(float(number), value) for number, value in found if value is not None and math.isfinite(value)]
+
+    def site_curves(self, metric: str) -> dict[str, list[tuple[float, float]]]:
+        """Return a metric of each site by round.
+
+        Args:
+            metric: Name of the metric.
+
+        Returns:
+            Round and value of each round that has one that is finite, by site, in the order of `sites`. Sites without
+            any are missing.
+        """
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in self.sites}
         for number in sorted(self.rounds):
-            record = self.rounds[number]
-            part = record.sites.get(site) if site else record
-            value = part.metrics.get(metric) if part is not None else None
-            if value is not None and math.isfinite(value):
-                points.append((float(number), value))
-        return points
+            for name, part in self.rounds[number].sites.items():
+                value = part.metrics.get(metric)
+                if value is not None and math.isfinite(value):
+                    found[name].append((float(number), value))
+        return {name: points for name, points in found.items() if points}
 
 
 class RunReader:
@@ -298,9 +314,8 @@ def listed(fields: Mapping[str, Any], name: str) -> list[str]:
 
 def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
     """Add an event to the record."""
-    data, number, site = event["data"], int(event["round"]), printable(str(event["site"]), 100)
+    data, number, site = event["data"], int(event["round"]), _name(str(event["site"]))
     run.began, run.last = run.began or float(event["time"]), float(event["time"])
-    record = run.rounds.get(number, RoundRecord())
     match event["kind"]:
         case "registered":
             run.frameworks[site] = printable(str(data.get("info", {}).get("framework", "")), 100)
@@ -321,13 +336,15 @@ def _take(run: RunRecord, event: Mapping[str, Any]) -> None:
         case "report":
             _site(run, number, site).metrics.update(_numbers(data["metrics"]))
         case "round_finished":
-            record.seconds, record.finished = float(data["seconds"]), True
-            record.metrics.update(_numbers(data["metrics"]))
-            run.rounds[number] = record
+            seconds, metrics = float(data["seconds"]), _numbers(data["metrics"])
+            record = _round(run, number)
+            record.seconds, record.finished = seconds, True
+            record.metrics.update(metrics)
             run.filters.privacy.round_finished(number, data)
         case "scored":
-            record.metrics.update(_numbers(data["metrics"]))
-            run.rounds[number], run.best.round = record, _best(data)
+            metrics = _numbers(data["metrics"])
+            _round(run, number).metrics.update(metrics)
+            run.best.round = _best(data)
             run.best.metric = printable(str(data.get("best_metric", "")), 200)
         case "cross_site":
             run.matrix = _matrix(data["matrix"])
@@ -356,13 +373,29 @@ def _update(part: SiteRound, data: Mapping[str, Any]) -> None:
     part.metrics.update(_numbers(data.get("metrics", {})))
 
 
-def _site(run: RunRecord, number: int, site: str) -> SiteRound:
-    return run.rounds.setdefault(number, RoundRecord()).sites.setdefault(site, SiteRound())
+def _round(run: RunRecord, number: int) -> RoundRecord:
+    record = run.rounds.get(number)
+    if record is None:
+        record = run.rounds[number] = RoundRecord()
+    return record
+
+
+def _site(run: RunRecord, number: int, name: str) -> SiteRound:
+    sites = _round(run, number).sites
+    part = sites.get(name)
+    if part is None:
+        part = sites[name] = SiteRound()
+    return part
+
+
+@lru_cache(maxsize=4096)
+def _name(text: str) -> str:
+    return printable(text, 100)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
-        printable(name, 100): float(value)
+        _name(name): float(value)
         for name, value in metrics.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
