@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from rich.console import Console
 
+from fl_adapters.cli.doctor.script_checks import missing_adapter
 from fl_adapters.cli.live import has_screen, print_next, print_path, rounds_table, shown_progress
 from fl_adapters.cli.output import console_for, report_errors, show_json
 from fl_runtime.errors import ConfigError
@@ -61,6 +62,7 @@ def run(options: SimulateOptions, as_json: bool) -> int:
     console.print("fl-adapters simulate: starting", style="dim")  # the imports below take a moment
     with report_errors(as_json), _sigterm_as_ctrl_c():
         job = _make_job(options)
+        _warn_of_missing_adapter(options, job, console)
         with shown_progress(console) as listener:
             result = _simulate(options, job, listener)
         if as_json:
@@ -116,6 +118,13 @@ def _make_job(options: SimulateOptions) -> Job:
     if "app" not in given:
         raise ConfigError("there is nothing to run", where="SCRIPT", fix="name the training script, or give --job FILE")
     return Job(**given)
+
+
+def _warn_of_missing_adapter(options: SimulateOptions, job: Job, console: Console) -> None:
+    """Say before the sites start that they would train alone. Only some scripts can be told apart without running."""
+    check = missing_adapter(Path(job.app)) if job.app and not options.module else None
+    if check is not None:
+        console.print(f"warning: {job.app} may train alone: it {check.detail}; to do: {check.fix}", style="yellow")
 
 
 def _simulate(options: SimulateOptions, job: Job, listener: Listener) -> SimulationResult:

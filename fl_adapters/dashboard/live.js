@@ -27,8 +27,10 @@ function keepState(old, fresh) {
   };
 }
 
+const leaving = new AbortController();
+
 async function refresh() {
-  const answer = await fetch(location.href, { credentials: "same-origin" });
+  const answer = await fetch(location.href, { credentials: "same-origin", signal: leaving.signal });
   if (!answer.ok) return;
   const next = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const old of document.querySelectorAll("[data-live]")) {
@@ -55,7 +57,7 @@ async function changed() {
     try {
       await refresh();
     } catch {
-      break; // the connection's own handler says so
+      break; // the page is being left, or the connection's own handler says what is wrong
     }
   }
   busy = false;
@@ -67,4 +69,9 @@ if (document.querySelector("[data-live]")) {
   source.onmessage = changed;
   source.onopen = () => { connection.textContent = ""; };
   source.onerror = () => { connection.textContent = "The dashboard does not answer. This page may be old."; };
+  // A form is answered by another page. What this one shows may be gone by then, such as a job that is deleted.
+  document.addEventListener("submit", () => {
+    source.close();
+    leaving.abort();
+  });
 }

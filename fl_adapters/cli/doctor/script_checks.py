@@ -135,8 +135,7 @@ def script_checks(path: Path) -> Iterator[Check]:
         place = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         yield Check("script", "problem", f"{path}{place}: it is not Python: {error.args[0]}", "correct it")
         return
-    script = _Script()
-    script.visit(tree)
+    script = _read(tree)
     yield _adapter(script)
     yield _data(script)
     yield _trainings(script)
@@ -147,6 +146,33 @@ def script_checks(path: Path) -> Iterator[Check]:
         if name == "fsdp" and script.fsdp2:
             continue
         yield Check("refused", "problem", f"line {line}: {name}; {_REFUSED[name]}", "leave it out")
+
+
+def missing_adapter(path: Path) -> Check | None:
+    """Read a script and say why it would train alone, if that is certain.
+
+    Args:
+        path: The script. It is read, and not run.
+
+    Returns:
+        The problem; None if the script takes part in federations, cannot be read, or imports a file beside it, which
+        may do it.
+    """
+    try:
+        script = _read(ast.parse(path.read_bytes(), str(path)))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    beside = (path.parent / module.partition(".")[0] for module in script.modules if module)
+    if "" in script.modules or any(each.is_dir() or each.with_suffix(".py").is_file() for each in beside):
+        return None
+    check = _adapter(script)
+    return check if check.status == "problem" else None
+
+
+def _read(tree: ast.Module) -> _Script:
+    script = _Script()
+    script.visit(tree)
+    return script
 
 
 def _adapter(script: _Script) -> Check:

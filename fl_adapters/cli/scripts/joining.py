@@ -38,6 +38,8 @@ class _Hook:
         return f"from fl_adapters.{self.adapter} import {self.name}"
 
 
+# What of fl_adapters makes a script a participant; `fl_adapters.site()` alone only tells it where its data lies.
+_PARTICIPANTS = {"hf", "lightning", "keras", "monai", "xgboost", "torch", "sklearn", "connect", "sums"}
 _HF, _LIGHTNING, _KERAS = _Hook("hf"), _Hook("lightning"), _Hook("keras")
 _MONAI = _Hook("monai", "train_handlers", "FederatedHandler")
 
@@ -59,13 +61,19 @@ def joined(source: str, where: str) -> str:
         script = ScriptText(source)
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"it is not Python: {error.args[0]}", where=where, fix="correct it") from None
-    if any(_top(origin) == "fl_adapters" for origin in script.origins.values()):
+    if _takes_part(script):
         fix = "see what else it may lack: fl-adapters doctor SCRIPT"
         raise ConfigError("it takes part in federations already", where=where, fix=fix)
     edits = _hooked(script, where) or _replaced(script)
     if not edits:
         raise ConfigError("it has no trainer of a framework to which a line could be added", where=where, fix=_OWN_LOOP)
     return script.changed(edits)
+
+
+def _takes_part(script: ScriptText) -> bool:
+    used = {script.origin(node) for node in ast.walk(script.tree) if isinstance(node, ast.Attribute)}
+    parts = [origin.split(".") for origin in used.union(script.origins.values())]
+    return any(part[0] == "fl_adapters" and not _PARTICIPANTS.isdisjoint(part[1:2]) for part in parts)
 
 
 def _top(origin: str) -> str:

@@ -127,6 +127,16 @@ def test_a_script_that_is_not_there(invoke: Any) -> None:
     assert "there is no script none.py" in result.stderr
 
 
+def test_a_script_without_an_adapter_is_told_before_its_sites_start(invoke: Any) -> None:
+    Path("train.py").write_text("raise SystemExit\nfrom transformers import Trainer")
+    result = invoke("simulate", "train.py", "--sites", "2", "--rounds", "1", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["what"].endswith("without exchanging anything with the server")
+    told, _, rest = result.stderr.partition("error: ")
+    assert "warning: train.py may train alone: it uses transformers" in " ".join(told.split())
+    assert "FederatedCallback" in told and "warning" not in rest
+
+
 @pytest.mark.parametrize("command", ["server", "run", "status", "cert request"])
 def test_the_kit_is_named_by_the_environment_too(invoke: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke(*command.split()).exit_code == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fl_adapters.cli.app import app
-from fl_adapters.cli.doctor.script_checks import script_checks
+from fl_adapters.cli.doctor.script_checks import missing_adapter, script_checks
 from fl_adapters.cli.scripts.new import FRAMEWORKS, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,6 +61,24 @@ def test_a_plain_script_is_told_what_it_lacks(tmp_path: Path) -> None:
 def test_adapters_and_trainings(tmp_path: Path, text: str, adapter: str, trainings: str) -> None:
     checks = found(tmp_path, text)
     assert (checks["adapter"][0], checks["trainings"][0]) == (adapter, trainings)
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("from transformers import Trainer", True),
+        ("from transformers import Trainer\nimport fl_adapters\nfl_adapters.site()", True),
+        ("from transformers import Trainer\nfrom fl_adapters.hf import FederatedCallback", False),
+        ("from transformers import Trainer\nfrom ours import callbacks", False),  # ours.py lies beside the script
+        ("from transformers import Trainer\nfrom . import callbacks", False),
+        ("def train(:", False),
+    ],
+)
+def test_a_script_trains_alone_only_if_that_can_be_read_from_it(tmp_path: Path, text: str, alone: bool) -> None:
+    (tmp_path / "ours.py").touch()
+    (tmp_path / "train.py").write_text(text)
+    assert (missing_adapter(tmp_path / "train.py") is not None) == alone
+    assert missing_adapter(tmp_path / "none.py") is None
 
 
 @pytest.mark.parametrize("line", ['Trainer(strategy="fsdp_native")', 'Trainer(strategy="deepspeed_stage_2")'])

@@ -71,6 +71,10 @@ def test_a_script_gets_its_callback_and_nothing_else_changes() -> None:
             ["t = SupervisedTrainer(d, train_handlers=[FederatedHandler()])"],
         ),
         (
+            "import fl_adapters, keras\nmodel.fit(read(fl_adapters.site().data))",
+            ["model.fit(read(fl_adapters.site().data), callbacks=[FederatedCallback()])"],
+        ),
+        (
             "import xgboost as xgb\nb = xgb.train(p, d)",
             ["import fl_adapters.xgboost", "b = fl_adapters.xgboost.train(p, d)"],
         ),
@@ -94,6 +98,9 @@ def test_each_framework_gets_its_lines(text: str, lines: list[str]) -> None:
     [
         ("import torch\nfor step in range(3):\n    pass", "no trainer of a framework"),
         ("from fl_adapters.hf import FederatedCallback", "takes part in federations already"),
+        ("import fl_adapters.hf as fed\nfed.FederatedCallback()", "takes part in federations already"),
+        ("import fl_adapters\nwith fl_adapters.connect() as site: pass", "takes part in federations already"),
+        ("import fl_adapters as fl\nwith fl.sums() as total: pass", "takes part in federations already"),
         ("from keras import Model\nm.fit(x, callbacks=made())", "callbacks= is no list in line 2"),
         ("def (", "is not Python"),
     ],

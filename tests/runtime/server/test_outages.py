@@ -462,13 +462,15 @@ def final_bits(folder: Path, outage_s: float) -> bytes:
         tasks = started(sites, first)
 
         def outage() -> None:
-            proxy.wait_for("up", proxy.counted()[0] + 500_000)
+            assert proxy.wait_fired(1, WAIT_S)
             proxy.refuses = True
             proxy.cut()
+            proxy.go_on()
             threading.Timer(outage_s, setattr, (proxy, "refuses", False)).start()
 
         for number in (1, 2, 3):
             if outage_s and number == 2:
+                proxy.stop_after("up", 500_000)
                 threading.Thread(target=outage).start()
 
             def work(site: Site, given: dict[str, Task] = tasks) -> Task:
