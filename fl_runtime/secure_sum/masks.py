@@ -19,7 +19,7 @@ from fl_runtime.secure_sum.primitives import expand
 from fl_runtime.secure_sum.ring import Ring
 from fl_runtime.types import Array
 
-_CHUNK_BYTES = 2**18
+_CHUNK_BYTES = 2**17
 _ZEROS = bytes(_CHUNK_BYTES)
 
 

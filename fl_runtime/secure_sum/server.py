@@ -217,6 +217,17 @@ class ServerSums:
             found[name] = self._shares[name].threshold - sum(name in each.pairs for each in self._reveals.values())
         return {name: count for name, count in found.items() if count > 0}
 
+    @property
+    def most_needed(self) -> int:
+        """Largest number of reveals that `unmask` may need, whichever survivors they come from.
+
+        Where all sites hold shares of all others, as many reveals as the highest threshold are enough. In a sparse
+        graph it depends on who reveals, so the number is that of all sites.
+        """
+        if not self._roster.is_complete:
+            return len(self.cohort)
+        return max((shares.threshold for shares in self._shares.values()), default=0)
+
     def unmask(self, totals: Mapping[str, Array], ring: Ring) -> None:
         """Remove the masks from sums in place.
 

@@ -19,7 +19,10 @@ from fl_runtime.types import Array, Arrays, Metrics, Report, Update, is_floating
 NUMBERS = "#"
 """Start of the names of vectors that are not tensors of the model."""
 
-_WEIGHT, _EXAMPLES, _STEPS, _SCORED = "#weight", "#examples", "#steps", "#scored"
+COUNTS = "#counts"
+"""Name of the vector of a site's weight, number of examples and number of steps. It is one, since each vector costs."""
+
+_SCORED = "#scored"
 _METRIC, _SCORE = "#metric:", "#score:"
 _BOUND = 2.0**17
 _MOST_WEIGHT = 2.0**24
@@ -114,13 +117,19 @@ def vectors_of(
             fix="pass num_examples= in another unit, the same at all sites, such as batches",
         )
     vectors = {name: _encoded(name, array, weight, rings.tensors, where) for name, array in update.arrays.items()}
-    numbers = {_WEIGHT: weight, _EXAMPLES: float(update.num_examples), _STEPS: float(update.local_steps)}
-    numbers |= {f"{_METRIC}{name}": value * weight for name, value in _summable(update.metrics).items()}
+    counts = [weight, float(update.num_examples), float(update.local_steps)]
+    numbers = {f"{_METRIC}{name}": value * weight for name, value in _summable(update.metrics).items()}
     if report is not None:
         scores = {name: value for name, value in report.metrics.items() if isinstance(value, int | float)}
         numbers |= {_SCORED: float(report.num_examples)}
         numbers |= {f"{_SCORE}{name}": value * report.num_examples for name, value in _summable(scores).items()}
-    return vectors | {name: rings.numbers.encode(np.array([value], np.float64)) for name, value in numbers.items()}
+    wide = {COUNTS: counts} | {name: [value] for name, value in numbers.items()}
+    return vectors | {name: rings.numbers.encode(np.array(values, np.float64)) for name, values in wide.items()}
+
+
+def shape_of_numbers(name: str) -> tuple[int, int]:
+    """Return the shape of an encoded vector of single numbers, by its name."""
+    return (3 if name == COUNTS else 1, 2)
 
 
 def metric_of(name: str) -> str:
@@ -172,8 +181,8 @@ def mean_of(totals: Arrays, like: Arrays, rings: Rings, sites: int) -> Mean:
         RoundFailedError: The totals cannot be those of any sites.
     """
     numbers = {name: total for name, total in totals.items() if name.startswith(NUMBERS)}
+    weight, examples, steps = map(float, rings.numbers.decode(numbers.pop(COUNTS)))
     decoded = {name: float(rings.numbers.decode(total)[0]) for name, total in numbers.items()}
-    weight, examples, steps = decoded[_WEIGHT], decoded[_EXAMPLES], decoded[_STEPS]
     if not (0 < weight <= sites * _MOST_WEIGHT and 0 < examples <= sites * _MOST_WEIGHT and steps >= 0):
         raise RoundFailedError(
             f"the masked updates sum to a weight of {weight:g}, which no sites have",

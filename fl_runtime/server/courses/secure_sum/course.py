@@ -10,7 +10,7 @@ from fl_runtime.aggregation.sums.strategy import CALL, VALUES
 from fl_runtime.errors import ProtocolError
 from fl_runtime.secure_sum.totals import ring_of_totals, shape_of_masked
 from fl_runtime.secure_sum.travelling import ANSWER, as_message
-from fl_runtime.secure_sum.vectors import NUMBERS
+from fl_runtime.secure_sum.vectors import COUNTS, NUMBERS, shape_of_numbers
 from fl_runtime.server.calls import limits
 from fl_runtime.server.courses.base import Offer, Status, UpdateChecks, Upload
 from fl_runtime.server.courses.cross_site import CrossEvaluation
@@ -168,9 +168,11 @@ class MaskedChecks:
         for tensor in manifest.tensors:
             number = tensor.name.startswith(NUMBERS)
             numbers += number
-            expected = (1, 2) if number else shapes.get(tensor.name)
+            expected = shape_of_numbers(tensor.name) if number else shapes.get(tensor.name)
             if tensor.dtype != "uint64" or tensor.extra or tuple(tensor.shape) != expected:
                 raise ProtocolError(f"the masked vector {tensor.name[:80]!r} is not one of the agreed tensors")
+        if not any(tensor.name == COUNTS for tensor in manifest.tensors):
+            raise ProtocolError("a masked update has no weight, so it cannot be part of a mean")
         if numbers > limits.MAX_METRICS:
             raise ProtocolError(f"a masked update has {numbers} single numbers; the limit is {limits.MAX_METRICS}")
 

@@ -20,6 +20,9 @@ from fl_runtime.server.state import Accepted, OpenRound, RunState
 from fl_runtime.store.blobs import Blob
 from fl_runtime.types import Array, Arrays, Update
 
+_FIRST_ASKED_S = 1.0
+"""How long the sites that are asked for shares first have, before all others are asked too."""
+
 
 class MaskedSum:
     """Closes a round with a secure sum. A `RoundSum`.
@@ -96,12 +99,15 @@ class MaskedSum:
         assert set(order) == self._added
         updates = [self.current.accepted[name].update for name in order]
         self._content.check(updates)
+        rejoin_s = self._state.settings.rejoin_s
         with self._state.lock:
             self.steps.ask_survivors(order)
             if self.steps.step == "agree":
-                self._wait()
+                self._wait(rejoin_s)
             self.steps.ask_shares()
-            self._wait()
+            if not self._wait(min(_FIRST_ASKED_S, rejoin_s)):
+                self.steps.ask_all_for_shares()
+                self._wait(rejoin_s)
             if not self.steps.enough:
                 raise RoundFailedError(
                     f"the masks of round {self.current.round} cannot be removed: too few sites have answered",
@@ -112,11 +118,10 @@ class MaskedSum:
         self.strategy_state = self._closing.strategy_state
         return blob
 
-    def _wait(self) -> None:
-        """Wait until every survivor has answered, and for those that do not answer for `rejoin_s`."""
-        settings = self._state.settings
-        self._membership.wait_until(
-            lambda: self.steps.all_answered() or (self.steps.step == "reveal" and self.steps.enough), settings.rejoin_s
+    def _wait(self, timeout_s: float) -> bool:
+        """Wait until every survivor has answered, or the masks can be removed. False if it takes too long."""
+        return self._membership.wait_until(
+            lambda: self.steps.all_answered() or (self.steps.step == "reveal" and self.steps.enough), timeout_s
         )
 
     def _unmasked(self, updates: Sequence[Update]) -> Arrays:

@@ -68,6 +68,7 @@ class Steps:
         self._processes: dict[str, int] = {}  # site -> number of the process whose masks these are
         self._answers: dict[Step, dict[str, bytes]] = {step: {} for step in ("shares", "agree", "reveal")}
         self._survivors: tuple[str, ...] = ()
+        self._asks_all = False  # for shares; False while those of the first sites may be enough
         self._sums: ServerSums | None = None
         noted = state.journal.messages.read(current.round, current.stage)
         self.stage = noted.get(("stage", "")) or f"{PREFIX}{current.round}-{secrets.token_hex(8)}"
@@ -95,6 +96,8 @@ class Steps:
             return None
         if self.step == "agree":
             return self._task("agree", {"survivors": list(self._survivors)})
+        if name not in self._asked_for_shares():
+            return None
         return self._task("reveal", {"signatures": {s: as_text(m) for s, m in self.sums.signatures(name).items()}})
 
     def due(self, member: Member) -> Settings | None:
@@ -176,9 +179,22 @@ class Steps:
         self._go_to("reveal" if all(map(self.sums.may_reveal, self._survivors)) else "agree")
 
     def ask_shares(self) -> None:
-        """Ask the survivors for the shares of the masks that are left in the sum."""
+        """Ask the survivors for the shares of the masks that are left in the sum, and no more of them than needed."""
         if self.step != "reveal":
             self._go_to("reveal")
+
+    def ask_all_for_shares(self) -> None:
+        """Ask every survivor for its shares, since one of those that were asked does not answer."""
+        self._asks_all = True
+        self._state.published.notify_all()
+
+    def _asked_for_shares(self) -> Sequence[str]:
+        """Those whose shares are enough: the first survivors that have answered or can. An answer costs all a call."""
+        if self._asks_all:
+            return self._survivors
+        members, answered = self._membership.members, self._answers["reveal"]
+        there = [n for n in self._survivors if n in answered or (members[n].active and self._same(members[n]))]
+        return there[: self.sums.most_needed]
 
     def ahead(self) -> SharesAhead | None:
         """Return the shares for the next round, if the update of every site of this one has brought them."""
