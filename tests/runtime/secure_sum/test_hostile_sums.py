@@ -16,6 +16,7 @@ from secure_sums import CONTEXT, Sums
 
 from fl_runtime.errors import ConfigError, PermissionDeniedError, ProtocolError, RoundFailedError
 from fl_runtime.secure_sum import Context, Ring, ServerSums, SiteSums, SumRules
+from fl_runtime.secure_sum.masks import add_masks
 from fl_runtime.secure_sum.messages import RevealMessage, SharesMessage
 from fl_runtime.secure_sum.shamir import combine
 
@@ -316,6 +317,44 @@ def test_t_minus_1_colluding_sites_and_the_server_open_nothing() -> None:
     everything = b"".join(sums.sites[name].begin(1, "update", sums.publics) for name in "abcde")
     state = sums.sites["e"]._stages[1, "update"]
     assert state.seed not in everything and state.seed.hex().encode() not in everything
+
+
+def test_t_minus_1_colluding_sites_and_the_server_see_uniform_numbers_of_the_others() -> None:
+    """a, b and c tell the server all that they hold. It removes every mask of e that it knows, and interpolates."""
+    sums = Sums(NAMES)
+    sums.begin()
+    constant = RING.encode(np.full(200_000, 0.5))
+    sums.mask({name: {"w": constant} for name in NAMES}, RING)
+    states = {name: sums.sites[name]._stages[1, "update"] for name in NAMES}
+
+    def left_of(site: str, helpers: str, seed: bytes | None) -> np.ndarray:
+        """The vector of a site without the pair masks that helpers tell of, and without the mask of a seed."""
+        vector = sums.masked[site]["w"].copy()
+        pairs = {name: states[name].pair_seeds[site] for name in helpers if name != site}
+        added = [own for name, own in pairs.items() if name < site]
+        subtracted = [own for name, own in pairs.items() if name > site] + ([seed] if seed else [])
+        add_masks(vector, RING, CONTEXT, "w", added, subtracted)
+        return vector
+
+    def opened(helpers: str) -> bytes:
+        points = {number: states[name].shares["e"][0] for number, name in enumerate(NAMES, 1) if name in helpers}
+        return (combine(points, len(points)) % 2**256).to_bytes(32, "big")
+
+    def uniform(vector: np.ndarray) -> bool:
+        counts = np.array([np.bincount(column, minlength=256) for column in vector.view(np.uint8).reshape(-1, 8).T])
+        mean = vector.size / 256
+        statistics = ((counts - mean) ** 2 / mean).sum(axis=1)
+        return bool((statistics > 150).all() and (statistics < 390).all())  # both tails are below 1e-6
+
+    for seed in (None, opened("abc"), opened("abc"[1:])):
+        assert uniform(left_of("e", "abc", seed))
+    sums.reveal(sums.agree())  # the server learns every site's own seed, as it does in every round
+    seeds = dict(zip(NAMES, sums.server._open_all()[1], strict=True))
+    assert seeds["e"] == states["e"].seed == opened("abcd"), "t sites open it: the attack is a true one"
+    honest = {name: left_of(name, "abc", seeds[name]) for name in "de"}
+    assert all(map(uniform, honest.values())), "the mask of the pair d, e is left on both"
+    assert np.array_equal(honest["d"] + honest["e"], 2 * constant), "their sum is what the result tells anyway"
+    assert np.array_equal(left_of("e", "abcd", seeds["e"]), constant)
 
 
 def test_colluding_sites_cannot_sign_for_others() -> None:
