@@ -7,8 +7,10 @@ from typing import Any
 
 import levelwise_rows as d
 import numpy as np
+import pandas as pd
 import pytest
 import xgboost
+from sklearn.datasets import load_breast_cancer
 from threaded_federation import ThreadedFederation, run_sites
 
 from fl_adapters.xgboost.call import installed_version
@@ -125,6 +127,33 @@ def test_trees_equal_those_of_hist_on_all_rows(bins: Bins, chosen: str, objectiv
     gradients = [np.concatenate(parts, axis=1) for parts in zip(*(told for _, told in found), strict=True)]
     oracle = hist(bins, gradients, PARAMS[chosen])
     assert len(trees[0]) == len(oracle) and (chosen == "one leaf") == (len(oracle[0]["parents"]) == 1)
+    for ours, theirs in zip(trees[0], oracle, strict=True):
+        assert_same_tree(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "adult"])
+def test_trees_on_real_data_equal_those_of_hist_on_all_rows(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each column of text is its codes, in the order of the alphabet."""
+    if name == "adult":
+        table = pd.read_csv(request.getfixturevalue("shared_data") / "adult" / "adult_train.csv.gz")
+        y = table.pop("income").str.contains(">50K").to_numpy(int)
+        x = np.column_stack([v if v.dtype.kind in "if" else v.astype("category").cat.codes for _, v in table.items()])
+    else:
+        x, y = load_breast_cancer(return_X_y=True)
+    x = x.astype(np.float32)
+    monkeypatch.setattr(d, "X", x)
+    monkeypatch.setattr(d, "LABELS", {"binary:logistic": y})
+    monkeypatch.setattr(d, "WEIGHTS", np.ones(len(y), np.float32))
+    monkeypatch.setattr(d, "CUTS", (np.array([0, 0.5, 0.52, 0.8, 0.9, 1]) * len(y)).astype(int))
+    bins = run_sites(SITES, lambda federation: agreed(federation, x))[0]
+    found = run_sites(SITES, lambda federation: boost(federation, bins, "binary:logistic", {}, 3))
+    trees = [[tree.document(0, x.shape[1]) for tree in grown] for grown, _ in found]
+    assert repr(trees) == repr([trees[0]] * SITES)
+    gradients = [np.concatenate(parts, axis=1) for parts in zip(*(told for _, told in found), strict=True)]
+    oracle = hist(bins, gradients, {})
+    assert len(oracle) == 3 and all(len(tree["parents"]) > 15 for tree in oracle)
     for ours, theirs in zip(trees[0], oracle, strict=True):
         assert_same_tree(ours, theirs)
 
