@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,19 +20,22 @@ from fl_runtime.errors import ConfigError, FederationError
 from fl_runtime.trust.files import write_file
 
 from .federated import BINS, QUANTILES, describe
+from .images import describe_images
 from .page import page
 from .result import Statistics
 from .screen import show
-from .sources import open_source
+from .sources import open_images, open_source
 from .totals import Alone
 
 _DOCUMENT, _PAGE = "statistics.json", "statistics.html"
+_MOST_EDGES = 100_000
 _EXAMPLES = """\
 examples:
   fl-adapters stats patients.csv                                  one file
   fl-adapters stats --data north=a.csv,south=b.csv                a site for each file, simulated
   fl-adapters stats --data 'parts/{site}.csv'                     the same, with the names of the files
   fl-adapters stats load.py:table --sites 3                       what a function returns at each site, simulated
+  fl-adapters stats --images scans/                               a folder of images: sizes, spacings, intensities
   fl-adapters stats statistics.json --html page.html              a page of an earlier result
   fl-adapters run --kit kits/north -- fl-adapters stats           a site of a federation: `data` of its policy
 """
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fl-adapters stats",
-        description="Describe tables over all sites: counts, means, quantiles, histograms, categories, correlations.",
+        description="Describe tables or images over all sites: counts, means, quantiles, histograms, correlations.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,6 +113,13 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="LEVELS",
         help=f"their levels. Default: {','.join(map(str, QUANTILES))}",
     )
+    add("--images", action="store_true", help="the source is a folder of images, or a pattern such as 'scans/*.png'")
+    add(
+        "--intensities",
+        type=_edges,
+        metavar="EDGES",
+        help="with --images: edges of the bins of all pixels, such as 0,64,128 or FIRST:LAST:WIDTH. Default: 0:256:8",
+    )
     add("--no-correlations", dest="correlations", action="store_false", help="leave correlations out")
     add("--smallest-count", type=int, default=1, metavar="N", help="least number of rows behind any number. Default: 1")
     add("--secure-sum", action="store_true", help="simulate with masks, so that the server sees the totals alone")
@@ -121,6 +132,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 def _found(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]]:
     """The result, and the files that hold it."""
+    _check_options(args)
     kit = current_kit()
     if kit is None and (args.data or args.sites):
         return _simulated(args)
@@ -135,17 +147,43 @@ def _found(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]]:
         raise ConfigError("there is nothing to describe", where="stats", fix="name a file or a function; see --help")
     if kit is None and source.endswith(".json"):
         return Statistics.from_json(_text_of(Path(source))), {}
-    found = describe(
+    found = _described(source, args, Alone(site()) if kit is None else None)
+    return (found, {}) if kit is None else (found, _written(found, own_folder(kit, site().job)))
+
+
+def _described(source: str, args: argparse.Namespace, alone: Alone | None) -> Statistics:
+    common: Any = {
+        "bins": args.bins,
+        "quantiles": args.quantiles,
+        "smallest_count": args.smallest_count,
+        "federation": alone,
+    }
+    if args.images:
+        edges = {} if args.intensities is None else {"intensities": args.intensities}
+        return describe_images(open_images(source), **edges, **common)
+    return describe(
         open_source(source, args.categorical),
         features=args.features,
         categorical=args.categorical,
-        bins=args.bins,
-        quantiles=args.quantiles,
         correlations=args.correlations,
-        smallest_count=args.smallest_count,
-        federation=Alone(site()) if kit is None else None,
+        **common,
     )
-    return (found, {}) if kit is None else (found, _written(found, own_folder(kit, site().job)))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options of tables for images, and those of images for tables."""
+    given = {
+        "--features": args.features is not None,
+        "--categorical": bool(args.categorical),
+        "--no-correlations": not args.correlations,
+        "a list of edges for --bins": not isinstance(args.bins, int),
+    }
+    wrong = [name for name, is_given in given.items() if is_given]
+    if args.images and wrong:
+        fix = "leave it out; --intensities has the edges for pixels, and --bins is a number"
+        raise ConfigError(f"{wrong[0]} is about tables, not about --images", where="stats", fix=fix)
+    if args.intensities is not None and not args.images:
+        raise ConfigError("--intensities is about images", where="stats", fix="add --images, or leave it out")
 
 
 def _simulated(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]]:
@@ -155,6 +193,8 @@ def _simulated(args: argparse.Namespace) -> tuple[Statistics, Mapping[str, Path]
     own += [f"--bins={args.bins if isinstance(args.bins, int) else _joined(args.bins)}"]
     own += [f"--quantiles={_joined(args.quantiles)}", f"--smallest-count={args.smallest_count}"]
     own += [] if args.correlations else ["--no-correlations"]
+    own += ["--images"] if args.images else []
+    own += [f"--intensities={_joined(args.intensities)}"] if args.intensities is not None else []
     data, sites = parse_data(args.data), parse_sites(args.sites) if args.sites else None
     if not args.source and data is None:
         raise ConfigError("there is nothing to describe", where="stats", fix="name a function such as load.py:table")
@@ -194,6 +234,19 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _bins(text: str) -> int | tuple[float, ...]:
     return int(text) if text.isdigit() else _numbers(text)
+
+
+def _edges(text: str) -> tuple[float, ...]:
+    if ":" not in text:
+        return _numbers(text)
+    try:
+        first, last, width = map(float, text.split(":"))
+        count = round((last - first) / width)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        count = 0
+    if not 0 < count <= _MOST_EDGES or not math.isclose(first + count * width, last, abs_tol=1e-9 * abs(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST:WIDTH, with LAST a whole number of bins above")
+    return tuple(first + number * width for number in range(count + 1))
 
 
 def _joined(numbers: Sequence[float]) -> str:

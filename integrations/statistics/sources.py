@@ -1,4 +1,4 @@
-"""What a command describes: a file that is read chunk by chunk, or what a function returns."""
+"""What a command describes: a file that is read chunk by chunk, images, or what a function returns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fl_runtime.errors import ConfigError
 _ROWS_A_CHUNK = 100_000
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": None}
 _PACKED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+_IMAGES = (".npy", ".nii", ".nii.gz", ".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _WHERE = "stats"
 
 
@@ -34,9 +36,8 @@ def open_source(source: str, categorical: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: There is no such file or function, or what reads it is not installed.
     """
-    place, _, name = source.rpartition(":")
-    if place and name.isidentifier() and not Path(source).exists():
-        return _call(_function(place, name))
+    if called := _function_of(source):
+        return _call(called)
     path = Path(source)
     if not path.is_file():
         raise ConfigError(
@@ -59,6 +60,46 @@ def open_source(source: str, categorical: Sequence[str] = ()) -> Any:
         where=_WHERE,
         fix="give .csv, .tsv, .parquet or .feather, or a function that reads it: script.py:NAME",
     )
+
+
+def open_images(source: str) -> Any:
+    """Return the images that a source names.
+
+    Args:
+        source: Path of an image, of a folder, whose images and those of its folders are meant, or a pattern of paths
+            such as `scans/*.nii.gz`; or a function as in `open_source`.
+
+    Returns:
+        What `describe_images` takes: paths in order, or what the function returns.
+
+    Raises:
+        ConfigError: There is no such image or function.
+    """
+    if called := _function_of(source):
+        return _call(called)
+    place = Path(source)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        inside = (path for path in place.rglob("*") if path.is_file() and path.name.lower().endswith(_IMAGES))
+        found = sorted(path for path in inside if not path.name.startswith("."))
+    else:
+        found = sorted(path for path in map(Path, glob(source, recursive=True)) if path.is_file())
+    if not found:
+        raise ConfigError(
+            f"there is no image in {source}",
+            where=_WHERE,
+            fix=f"name a folder of files with the endings {', '.join(_IMAGES)}; or a pattern, with other endings too",
+        )
+    return found
+
+
+def _function_of(source: str) -> Callable[..., Any] | None:
+    """The function that a source names; None for a path."""
+    place, _, name = source.rpartition(":")
+    if place and name.isidentifier() and not Path(source).exists():
+        return _function(place, name)
+    return None
 
 
 def _texts(path: Path, separator: str | None, categorical: Sequence[str]) -> Iterator[Any]:

@@ -80,9 +80,31 @@ def test_one_file_is_described_and_its_result_shown_again(folder: Path) -> None:
     assert (folder / "again.html").read_text() == (folder / "page.html").read_text()
 
 
+def test_folders_of_images_are_described_at_each_site(folder: Path) -> None:
+    draw, scans = np.random.default_rng(5), []
+    for place in ("north/1", "north/2", "south"):
+        (folder / "scans" / place).mkdir(parents=True)
+        for number in range(3):
+            scans.append(draw.integers(-100, 300, (4 + number, 5, 6)))
+            np.save(folder / "scans" / place / f"{number}.npy", scans[-1])
+    (folder / "scans" / "north" / "notes.txt").write_text("no image")
+    chosen = ["--images", "--intensities=-100:300:50", "--bins", "3", "--secure-sum", "--json"]
+    found = last_line(stats("--data", "north=scans/north,south=scans/south", *chosen, folder=folder))
+    assert found["rows"] == 9 and found["per_site"]["north"]["rows"] == 6
+    pixels = np.concatenate([scan.reshape(-1) for scan in scans])
+    counts, edges = np.histogram(pixels, np.arange(-100, 301, 50))
+    told = found["features"]["intensity"]
+    assert told["histogram"]["counts"] == counts.tolist() and told["histogram"]["edges"] == edges.tolist()
+    assert (told["mean"], told["std"]) == pytest.approx((pixels.mean(), pixels.std(ddof=1)))
+    assert found["features"]["size 1"]["mean"] == pytest.approx(np.mean([len(scan) for scan in scans]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--images", "scans/*.png"], "there is no image in scans/*.png"),
+        (["--images", ".", "--features", "age"], "--features is about tables"),
+        (["a.csv", "--intensities", "0:10:1"], "--intensities is about images"),
         (["nowhere.csv"], "there is no file nowhere.csv"),
         ([], "there is nothing to describe"),
         (["load.py:nothing"], "load.py has no function nothing"),
