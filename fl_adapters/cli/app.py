@@ -374,14 +374,14 @@ def bundle(
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     add_help_option=False,
-    short_help="Describe tables over all sites: counts, quantiles, histograms, correlations.",
+    short_help="Describe tables or images over all sites: counts, quantiles, histograms.",
 )
 def stats(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="FILE_OR_FUNCTION [ARGUMENTS]", help="See `fl-adapters stats --help`.")
     ] = None,
 ) -> None:
-    """Describe tables over all sites. Its options are those of `python -m fl_adapters.statistics`."""
+    """Describe tables or images over all sites. Its options are those of `python -m fl_adapters.statistics`."""
     from fl_adapters.cli.pages import stats as command
 
     sys.exit(command.run(arguments or ()))
